@@ -1,0 +1,296 @@
+"""Object stores: S3 by the client that s3fs keeps, and plain reads and writes of gs:// by gcsfs."""
+
+import asyncio
+import contextlib
+import errno
+import functools
+import os
+import random
+import secrets
+import threading
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import fsspec
+import s3fs
+from aiohttp import ClientError as HttpError
+from botocore import exceptions as boto
+from fsspec.asyn import FSTimeoutError, sync
+
+from pipeline.storage.paths import IN_FLIGHT, Conflict, File, StorageError, name
+
+_PART_BYTES = 16 * 2**20  # larger objects go up in parts of this size, each buffered in memory
+_ATTEMPTS = 4  # backoff of at most 1 + 2 + 4 s: a refused connection is reported within 10 s
+_ENVIRONMENT = (
+    *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+)
+_UNMET = {"PreconditionFailed", "412"}
+_ELSEWHERE = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+
+_making = threading.RLock()  # taken across a fork, so that no child starts with it held by a thread it lacks
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
+
+
+@functools.lru_cache(maxsize=8)
+def _s3_client(pid: int, *environment: str | None) -> s3fs.S3FileSystem:
+    """One for all threads, another after a fork or when the variables change (s3fs would make one a thread)."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")  # botocore knows only the second
+    return s3fs.S3FileSystem(
+        client_kwargs={"region_name": region} if region else {},
+        config_kwargs={
+            "connect_timeout": 4,
+            "read_timeout": 20,  # the losers of a contended conditional write can wait for seconds
+            "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS},  # 5xx, SlowDown, resets; with jitter
+            "max_pool_connections": 64,
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+
+
+def filesystem(path: str):
+    scheme, _, inside = path.partition("://")
+    if scheme == "gs":
+        try:
+            return fsspec.filesystem("gcs", use_listings_cache=False), inside
+        except ImportError as e:
+            raise ValueError(f"{path}: gs:// needs gcsfs (pip install gcsfs)") from e
+    with _making:
+        return _s3_client(os.getpid(), *map(os.environ.get, _ENVIRONMENT)), inside
+
+
+def _google(path: str) -> bool:
+    return path.startswith("gs://")
+
+
+def _address(path: str) -> dict[str, str]:
+    bucket, _, key = path.removeprefix("s3://").partition("/")
+    return {"Bucket": bucket, "Key": key}
+
+
+def _on_client(path: str, request):
+    """Run the coroutine function `request(client)` on s3fs's event loop, from any thread."""
+    fs = filesystem(path)[0]
+
+    async def run():
+        return await request(await fs.set_session())
+
+    with _named(path):
+        return sync(fs.loop, run)
+
+
+def _s3(path: str, operation: str, **arguments) -> dict:
+    """One S3 request; the client repeats it where it fails."""
+    return _on_client(path, lambda client: getattr(client, operation)(**_address(path), **arguments))
+
+
+def _get(path: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]:
+    if _google(path):
+        with _named(path):
+            return filesystem(path)[0].cat_file(path, start=start, end=end), ""
+    span = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
+
+    async def request(client):
+        failed = 0
+        while True:
+            response = await client.get_object(**_address(path), **span)
+            try:
+                return await response["Body"].read(), response["ETag"]
+            except Exception:  # the client does not repeat a GET whose body was cut midway
+                response["Body"].close()
+                failed += 1
+                if failed == _ATTEMPTS:
+                    raise
+            await asyncio.sleep(random.random() * 2**failed / 2)
+
+    return _on_client(path, request)
+
+
+def read(path: str) -> bytes:
+    return _get(path)[0]
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    try:
+        return _get(path, start, end)[0]
+    except StorageError as e:
+        if _code(e) in ("InvalidRange", "416"):  # `start` is past the end
+            return b""
+        raise
+
+
+def read_tagged(path: str) -> tuple[bytes, str]:
+    return _get(path)
+
+
+def exists(path: str) -> bool:
+    try:
+        if _google(path):
+            with _named(path):
+                return filesystem(path)[0].isfile(path)
+        return bool(_s3(path, "head_object"))
+    except FileNotFoundError:
+        return False
+
+
+def list_files(path: str) -> Iterator[File]:
+    rows = _list(path.rstrip("/") + "/")
+    return (file for file in rows if not (file.path.endswith("/") or IN_FLIGHT.fullmatch(name(file.path))))
+
+
+def _list(prefix: str) -> list[File]:
+    if _google(prefix):
+        fs, inside = filesystem(prefix)
+        with _named(prefix):
+            found = fs.find(inside, detail=True).items()
+        return [File(key.removeprefix(inside), info["size"], info.get("etag", "")) for key, info in found]
+    bucket, inside = _address(prefix).values()
+
+    async def request(client):
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=inside)
+        return [
+            File(item["Key"].removeprefix(inside), item["Size"], item["ETag"])
+            async for page in pages
+            for item in page.get("Contents", ())
+        ]
+
+    return _on_client(prefix, request)
+
+
+def write(path: str, data: bytes) -> None:
+    if _google(path) or len(data) > _PART_BYTES:
+        with writer(path) as file:
+            file.write(data)
+    else:
+        _s3(path, "put_object", Body=bytes(data))
+
+
+@contextlib.contextmanager
+def writer(path: str) -> Iterator[BinaryIO]:
+    fs, inside = filesystem(path)
+    with _named(path):
+        file = fs.open(inside, "wb", block_size=_PART_BYTES)
+        try:
+            yield file
+            file.close()
+        except BaseException:
+            file.closed = True  # or its finaliser would complete the upload
+            with contextlib.suppress(Exception):  # the first failure is the one to report
+                file.discard()
+            raise
+
+
+def write_new(path: str, data: bytes) -> str:
+    return _put_if(path, data, FileExistsError(errno.EEXIST, "exists", path), IfNoneMatch="*")
+
+
+def replace(path: str, data: bytes, tag: str) -> str:
+    return _put_if(path, data, Conflict(f"{path} was changed by another process"), IfMatch=tag)
+
+
+def _put_if(path: str, data: bytes, refusal: Exception, **condition: str) -> str:
+    if _google(path):
+        raise ValueError(f"{path}: create-only and compare-and-swap writes need a local path or s3://")
+    mark = secrets.token_hex(8)
+
+    async def request(client):
+        failed = 0
+        while True:
+            try:
+                return await client.put_object(
+                    **_address(path), Body=bytes(data), Metadata={"write": mark}, **condition
+                )
+            except boto.ClientError as e:
+                failed += 1
+                if _code(e) != "ConditionalRequestConflict" or failed == _ATTEMPTS:
+                    raise
+            await asyncio.sleep(random.random() * 2**failed / 2)  # another write to the key is under way
+
+    try:
+        return _on_client(path, request)["ETag"]
+    except OSError as e:
+        # If our write succeeded and its acknowledgement was lost, the client's retry (aiohttp has one of its own,
+        # which nobody counts) is refused because of it: the mark tells, also among writers of the same bytes.
+        if _code(e) in _UNMET:
+            with contextlib.suppress(FileNotFoundError):
+                found = _s3(path, "head_object")
+                if found["Metadata"].get("write") == mark:
+                    return found["ETag"]
+        if _code(e) in _UNMET or ("IfMatch" in condition and _code(e) in ("NoSuchKey", "404")):
+            raise refusal from None
+        raise
+
+
+def _code(error: Exception) -> str:
+    """The store's error code, if `error` is or stands for an answer of it."""
+    answer = error if isinstance(error, boto.ClientError) else error.__cause__
+    return answer.response["Error"].get("Code", "") if isinstance(answer, boto.ClientError) else ""
+
+
+def delete(path: str, tag: str | None = None) -> None:
+    if _google(path):
+        with _named(path):
+            filesystem(path)[0].rm_file(path)
+    else:
+        try:
+            _s3(path, "delete_object", **({"IfMatch": tag} if tag else {}))
+        except StorageError as e:
+            if _code(e) not in _UNMET:
+                raise
+            raise Conflict(f"{path} was changed by another process") from None
+
+
+def delete_tree(path: str) -> None:
+    prefix = path.rstrip("/") + "/"
+    if not prefix.partition("://")[2].partition("/")[2]:
+        raise ValueError(f"{path}: will not delete a whole bucket")
+    keys = [file.path for file in _list(prefix)]
+    if _google(path):
+        for key in keys:
+            delete(prefix + key)
+        return
+    bucket, inside = _address(prefix).values()
+    for batch in (keys[at : at + 1000] for at in range(0, len(keys), 1000)):
+        wanted = {"Objects": [{"Key": inside + key} for key in batch], "Quiet": True}
+        failed = _on_client(path, lambda client, w=wanted: client.delete_objects(Bucket=bucket, Delete=w)).get("Errors")
+        if failed:
+            raise StorageError(errno.EIO, f"could not delete {failed[0]}", path)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Turn the client libraries' exceptions into ours, which name `path`."""
+    try:
+        yield
+    except Exception as e:
+        if (ours := _translated(path, e)) is None:
+            raise
+        raise ours from e
+
+
+def _translated(path: str, error: Exception) -> Exception | None:
+    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+    if isinstance(error, OSError) and isinstance(error.__cause__, boto.ClientError):
+        error = error.__cause__  # s3fs has translated it, without the path
+    if isinstance(error, boto.ClientError):
+        code = _code(error)
+        if code in _REFUSED:
+            wrong = "AWS_SESSION_TOKEN" if "Token" in code else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            return PermissionError(errno.EACCES, f"refused by {where} ({code}): check {wrong}", path)
+        if code in ("NoSuchBucket", "NoSuchKey", "404"):
+            what = f"no bucket {_address(path)['Bucket']} at {where}" if code == "NoSuchBucket" else "no such object"
+            return FileNotFoundError(errno.ENOENT, what, path)
+        hint = " (is AWS_REGION the bucket's?)" if code in _ELSEWHERE else ""
+        return StorageError(errno.EIO, f"{where} answered {code}{hint}: {error}", path)
+    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
+        missing = f"no credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        return PermissionError(errno.EACCES, missing, path)
+    if isinstance(error, boto.ParamValidationError):
+        return ValueError(f"{path}: {error}")
+    if isinstance(error, boto.BotoCoreError | HttpError | FSTimeoutError | asyncio.TimeoutError):
+        return StorageError(errno.EIO, f"{where} does not answer: {error}", path)
+    if _google(path) and not isinstance(error, OSError | ValueError):
+        return StorageError(errno.EIO, f"{type(error).__name__}: {error}", path)
+    return None
