@@ -1,0 +1,145 @@
+"""What every verb shares: where it speaks, how it fails, how its paths are meant.
+
+People read stderr; stdout carries nothing but the one JSON object of --json. A user's mistake (ValueError and its kin)
+is one clear line and exit code 2, anything else that failed is 1, Ctrl-C is 130.
+"""
+
+import json
+import os
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline import lease, storage
+
+console = Console(stderr=True, highlight=False)
+MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+    lease.Held,
+)
+
+
+def say(text: str) -> None:
+    """A line for people. Text is shown as it is: brackets in file names are not markup."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def parse(args_type, verb: str, argv: list[str], default=None):
+    """The command line as `args_type`; exits with 2 and the nearest known option for one that does not exist."""
+    config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
+    more = {} if default is None else {"default": default}
+    return tyro.cli(args_type, prog=f"millstream {verb}", args=argv, config=config, **more)
+
+
+def execute(run: Callable[[], dict | None], as_json: bool) -> int:
+    """Runs a verb; prints its result as JSON if asked; returns the exit code."""
+    warnings.showwarning = lambda message, *_, **__: say(f"warning: {message}")
+    try:
+        result = run()
+    except KeyboardInterrupt:
+        say("stopped. The same command again goes on from what is finished.")
+        return 130
+    except MISTAKES as mistake:
+        _debug()
+        say(f"error: {_line(mistake)}")
+        return 2
+    except (storage.StorageError, OSError, FloatingPointError, RuntimeError) as failure:
+        _debug()
+        say(f"failed: {_line(failure)}")
+        return 1
+    if as_json and result is not None:
+        print(json.dumps(result, default=str), flush=True)
+    return 0
+
+
+def _debug() -> None:
+    if os.environ.get("MILLSTREAM_DEBUG"):
+        traceback.print_exc()
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename and len(error.args) > 1:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def absolute(path: str) -> str:
+    """A path as workers in other folders would understand it; remote ones are already."""
+    return path.rstrip("/") if storage.is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_source(uri: str) -> str:
+    """The same for SOURCE, which may carry a scheme such as folder: before its path."""
+    scheme, colon, path = uri.partition(":")
+    if colon and not path.startswith("//"):
+        return f"{scheme}:{absolute(path)}" if path else uri
+    return absolute(uri)
+
+
+def progress(unit: str) -> Progress:
+    """A progress bar on stderr; silent where stderr is no terminal (the verbs print milestones there)."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+class TrainingProgress:
+    """Shows a run's rows: a live bar in a terminal, and a line for each validation everywhere."""
+
+    def __init__(self, total: int):
+        self.total, self.bar = total, progress("samples")
+        self.started, self.first = time.monotonic(), None
+
+    def __enter__(self):
+        self.bar.start()
+        self.id = self.bar.add_task("starting", total=self.total, note="")
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def __call__(self, row: dict) -> None:
+        if "restart" in row:
+            say(f"workers failed ({row['why']}): restart {row['restart']} from the newest checkpoint")
+            return
+        if self.first is None:
+            self.first = (row["samples"], time.monotonic())
+        seconds = time.monotonic() - self.first[1]
+        rate = (row["samples"] - self.first[0]) / seconds if seconds > 0.5 else 0
+        losses = " ".join(f"{k} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
+        note = f"{losses} | {rate:,.0f}/s" if rate else losses
+        self.bar.update(self.id, completed=row["samples"], description=f"epoch {row['epoch']:.1f}", note=note)
+        if "val_loss" in row or row["samples"] >= self.total:
+            say(f"epoch {row['epoch']:5.2f}  {row['samples']:>10,} samples  {note}")
+
+
+def fit_with_progress(opened, resources) -> dict:
+    """Trains an opened run, rows shown on stderr; Ray must run if the resources ask for workers."""
+    from pipeline.shards import index
+    from pipeline.training import fit
+    from pipeline.training.loop import total_steps
+
+    samples = index.load(opened.data).info["splits"]["train"]["samples"]
+    total = total_steps(opened.config.loop, samples) * opened.config.loop.batch
+    with TrainingProgress(total) as show:
+        return fit.train(opened, resources, show, waiting=say)

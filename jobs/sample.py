@@ -1,0 +1,48 @@
+"""Draws images from a trained GAN."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from jobs.command import absolute, execute, parse, say
+from pipeline import storage
+from pipeline.evaluation import report
+from pipeline.training.run import Run, draw_classes, open_run
+
+
+@dataclass(frozen=True)
+class Args:
+    """Draw a grid of images from a trained GAN's averaged generator: one class a row where it knows classes."""
+
+    run: tyro.conf.Positional[str]
+    """RUN: the directory `millstream train` wrote for a GAN preset."""
+    out: str
+    """Where the PNG goes, local or s3://..."""
+    n: int = 64
+    """How many images."""
+    seed: int = 0
+    """Another seed draws other images."""
+    label: str | None = None
+    """Only this class, by its name."""
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+
+
+def run(args: Args) -> dict:
+    """{out, images, checkpoint}"""
+    if not 1 <= args.n <= 100_000:
+        raise ValueError(f"n {args.n}: ask for 1 to 100000 images")
+    opened = open_run(absolute(args.run))
+    images, checkpoint = draw_classes(opened, args.n, args.seed, args.label)
+    storage.write(absolute(args.out), report.png(report.grid(images, columns=_columns(opened, args.n, args.label))))
+    say(f"{args.n} images from {checkpoint}: {args.out}")
+    return {"out": absolute(args.out), "images": args.n, "checkpoint": checkpoint}
+
+
+def _columns(opened: Run, n: int, label: str | None) -> int | None:
+    return -(-n // len(opened.facts.classes)) if opened.facts.classes and label is None else None
+
+
+def main(argv: list[str]) -> int:
+    args = parse(Args, "sample", argv)
+    return execute(lambda: run(args), args.json)

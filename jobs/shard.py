@@ -1,0 +1,80 @@
+"""Turns raw images into a dataset: webdataset tar shards, an index, statistics."""
+
+import os
+import time
+from dataclasses import dataclass, field
+
+import tyro
+
+from cluster.session import ray_session
+from jobs.command import absolute, absolute_source, execute, parse, progress, say
+from pipeline.shards import build
+from pipeline.shards.plan import Recipe
+
+
+@dataclass(frozen=True)
+class Args:
+    """Turn raw images into a dataset: webdataset tar shards, an index, statistics.
+
+    The same command again goes on from the shards that are finished; on a finished dataset it does nothing. Images
+    that cannot be read are counted and listed with their reasons, not fatal.
+    """
+
+    source: tyro.conf.Positional[str]
+    """folder:PATH (one folder a class; train/ and val/ below it are splits), idx:PATH (MNIST's format, gz or not),
+    or digits: (scikit-learn's). PATH is local or s3://..."""
+    out: tyro.conf.Positional[str]
+    """Where the dataset is written, a local folder or s3://..."""
+    recipe: Recipe = field(default_factory=Recipe)
+    workers: int = os.cpu_count() or 1
+    """Ray tasks that write shards; 0: this process alone, without Ray."""
+    address: str | None = None
+    """A running Ray cluster; default: RAY_ADDRESS, else a Ray of our own on this machine."""
+    dry_run: bool = False
+    """Say what would be done, and write nothing."""
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+
+
+def run(args: Args) -> dict:
+    """{samples, rejected, shards, seconds (listing to commit), startup_seconds (Ray's own), ...}"""
+    source, out = absolute_source(args.source), absolute(args.out)
+    plan = build.describe(source, out, args.recipe)
+    splits = ", ".join(f"{name} {s['samples']:,} in {s['shards']} shards" for name, s in plan["splits"].items())
+    say(f"{args.source} -> {args.out}: {plan['samples']:,} images, {len(plan['classes'])} classes ({splits})")
+    if args.dry_run:
+        return plan
+    started = time.monotonic()
+    if plan["done"] or args.workers == 0:
+        result = _build(args, source, out, 0) | {"startup_seconds": 0.0}
+    else:
+        with ray_session(args.workers, args.address):
+            startup = time.monotonic() - started
+            result = _build(args, source, out, args.workers) | {"startup_seconds": startup}
+    return result
+
+
+def _build(args: Args, source: str, out: str, workers: int) -> dict:
+    with progress("shards") as bar:
+        task = bar.add_task("sharding", total=None, note="")
+
+        def show(done: int, total: int, samples: int, rejects: int) -> None:
+            bar.update(task, completed=done, total=total, note=f"{samples:,} samples, {rejects} rejects")
+
+        result = build.build(source, out, args.recipe, workers, show, waiting=say)
+    if result["done"]:
+        say(f"{args.out} is finished already: {result['samples']:,} samples in {result['shards']} shards")
+    else:
+        rate = result["samples"] / max(result["seconds"], 1e-9)
+        say(
+            f"{result['samples']:,} samples in {result['shards']} shards, {result['rejected']} rejected, "
+            f"{result['seconds']:.1f} s ({rate:,.0f} samples/s)"
+        )
+        for reason, count in result["rejects"].items():
+            say(f"  rejected: {reason} {count} (millstream inspect {args.out} lists them)")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    args = parse(Args, "shard", argv)
+    return execute(lambda: run(args), args.json)

@@ -1,0 +1,69 @@
+"""Trains a preset on a dataset. The same command again resumes where the run stands."""
+
+from dataclasses import asdict, dataclass, field
+
+import tyro
+from rich.table import Table
+
+from cluster.session import ray_session
+from jobs import presets
+from jobs.command import absolute, console, execute, fit_with_progress, parse, say
+from pipeline.shards import index
+from pipeline.training import fit
+from pipeline.training.loop import total_steps
+from pipeline.training.run import Resources, TrainConfig, start
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a preset on a dataset. The same command again resumes where the run stands, exactly."""
+
+    data: str
+    """DATASET: what `millstream shard` wrote, local or s3://..."""
+    out: str
+    """RUN: the run's directory, local or s3://... It is the record: config, metrics, checkpoints."""
+    config: TrainConfig
+    resources: Resources = field(default_factory=Resources)
+    address: str | None = None
+    """A running Ray cluster; default: RAY_ADDRESS, else a Ray of our own on this machine."""
+    dry_run: bool = False
+    """Print the resolved configuration, and train nothing."""
+    json: bool = False
+    """Print the result as one JSON object on stdout."""
+
+
+def run(args: Args, preset: str) -> dict:
+    """{run, samples_seen, epochs, checkpoint, metrics, ...}"""
+    data, out, workers = absolute(args.data), absolute(args.out), args.resources.workers
+    if args.dry_run:
+        info = index.load(data).info
+        steps = total_steps(args.config.loop, info["splits"]["train"]["samples"])
+        say(f"{preset} on {args.data} ({info['splits']['train']['samples']:,} samples) -> {args.out}: {steps:,} steps")
+        return {"preset": preset, "data": data, "run": out, "steps": steps, "config": asdict(args.config)}
+    opened = start(out, preset, args.config, data, workers)
+    if workers == 0 or fit.finished(opened):
+        result = fit_with_progress(opened, args.resources)
+    else:
+        with ray_session(workers, args.address):
+            result = fit_with_progress(opened, args.resources)
+    numbers = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != "epoch")
+    say(f"{'trained already: ' if result['done'] else ''}{result['samples_seen']:,} samples seen, {numbers}")
+    say(f"checkpoint: {result['checkpoint']}")
+    return result
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        console.print("usage: millstream train PRESET --data DATASET --out RUN [any field of the preset]\n")
+        table = Table("preset", "what to expect", box=None)
+        for name, preset in presets.PRESETS.items():
+            table.add_row(name, preset.__doc__)
+        console.print(table)
+        say("\nmillstream train PRESET --help lists the fields with the preset's values.")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+
+    def parsed() -> Args:
+        default = Args(data=tyro.MISSING, out=tyro.MISSING, config=presets.get(argv[0]))
+        return parse(Args, f"train {argv[0]}", argv[1:], default)
+
+    return execute(lambda: run(parsed(), argv[0]), "--json" in argv)
