@@ -1,0 +1,160 @@
+"""Training on workers: the same bits as in one process, at any number of them and after any death."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import runs
+from s3_server import wait_for
+
+from pipeline import lease
+from pipeline.shards import index
+from pipeline.training import checkpoint, fit
+from pipeline.training.run import Resources, evaluate_rank, restored, start, train_rank
+
+HERE = Resources(workers=0, threads=1)
+
+
+@pytest.fixture(scope="module")
+def whole(digits, tmp_path_factory):
+    """Unbroken runs in this process, by kind."""
+    root = tmp_path_factory.mktemp("whole")
+    for kind, config in runs.KINDS.items():
+        fit.train(start(str(root / kind), "test", config(), digits, 0), HERE, lambda row: None)
+    return root
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digits, whole, tmp_path, workers):
+    """Both kinds of run and an evaluation by one group of workers, which take longer to start than these to run."""
+
+    def everything(trained, evaluated, world, threads, report):  # in here, so that it travels to them by value
+        for run in trained:
+            train_rank(run, world, threads, report)
+        task, _ = restored(evaluated, world.device)
+        return evaluate_rank(evaluated, task, index.load(evaluated.data), "train", world, threads), world.size
+
+    trained = [start(str(tmp_path / kind), "test", config(), digits, workers) for kind, config in runs.KINDS.items()]
+    evaluated = start(str(whole / "cnn"), "test", runs.cnn(), digits, workers)
+    seen = []
+    resources = Resources(workers=workers, threads=1)
+    answers, size = fit.launch(everything, (trained, evaluated), resources, seen.append)
+    assert size == workers
+    for kind in runs.KINDS:
+        assert runs.ends_alike(str(tmp_path / kind), str(whole / kind))
+        assert runs.numbers(str(tmp_path / kind)) == runs.numbers(str(whole / kind))
+    assert any("val_accuracy" in row for row in seen)
+    expected, name = fit.evaluate(evaluated, digits, "train", HERE)
+    assert name == checkpoint.best(evaluated.path).name
+    assert len(answers.labels) == runs.SAMPLES
+    for column in ("labels", "predicted", "confidence"):
+        assert np.array_equal(getattr(answers, column), getattr(expected, column))
+    assert answers.loss == expected.loss
+
+
+def rank_processes() -> list[int]:
+    """Ray Train's workers on the Ray of this process."""
+
+    def read(pid, name):
+        try:
+            with open(f"/proc/{pid}/{name}") as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    def parent(pid):
+        return int(read(pid, "stat").rpartition(")")[2].split()[1] or 0) if read(pid, "stat") else 0
+
+    ours = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        if "RayTrainWorker" in read(pid, "cmdline") and parent(parent(pid)) == os.getpid():
+            ours.append(int(pid))
+    return ours
+
+
+@pytest.mark.timeout(200)
+def test_a_killed_worker_is_replaced_and_the_run_ends_alike(ray_local, digits, tmp_path):
+    """And while it runs, another training of it is told who has it."""
+    config = runs.cnn(epochs=6, checkpoint_every=256)
+    run = start(str(tmp_path / "run"), "test", config, digits, 2)
+    told, killed = [], []
+
+    def disturb():
+        wait_for(lambda: checkpoint.lineage(run.path), 120, "checkpoint")
+        try:
+            fit.train(start(run.path, "test", config, digits, 0), HERE, lambda row: None)
+        except lease.Held as held:
+            told.append(str(held))
+        pid = wait_for(rank_processes, 10, "worker")[0]
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    rows = []
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    result = fit.train(run, Resources(workers=2, threads=1), rows.append)
+    thread.join()
+    assert killed
+    assert f"pid {os.getpid()}" in told[0]
+    restarts = [row for row in rows if "restart" in row]
+    assert [row["restart"] for row in restarts] == [1]
+    assert len(restarts[0]["why"]) < 200
+    assert sorted(int(name[:6]) for name in os.listdir(tmp_path / "run/attempts")) == [1, 2]
+    assert result["samples_seen"] == 151 * 64
+    fit.train(start(str(tmp_path / "whole"), "test", config, digits, 0), HERE, lambda row: None)
+    assert runs.ends_alike(run.path, str(tmp_path / "whole"))
+    assert runs.numbers(run.path) == runs.numbers(str(tmp_path / "whole"))
+
+
+# A run that halts for good where it stands at a step.
+HALTING = """
+import sys, time
+import runs
+from pipeline.training import fit
+from pipeline.training.run import Resources, start
+path, data, kind, step = sys.argv[1:]
+def report(row):
+    if row["step"] == int(step):
+        print("halted", flush=True)
+        time.sleep(600)
+fit.train(start(path, "test", runs.KINDS[kind](), data, 0), Resources(workers=0, threads=1), report)
+"""
+
+
+def test_a_run_killed_at_world_1_and_resumed_at_world_2_ends_as_one_unbroken(ray_local, digits, whole, tmp_path):
+    path = str(tmp_path / "run")
+    command = [sys.executable, "-c", HALTING, path, digits, "gan", "13"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() == "halted\n"
+        wait_for(lambda: checkpoint.lineage(path), 20, "checkpoint")
+        process.send_signal(signal.SIGKILL)
+    assert 0 < checkpoint.newest(path)[0].samples < 13 * 64
+    fit.train(start(path, "test", runs.gan(), digits, 2), Resources(workers=2, threads=1), lambda row: None)
+    assert runs.ends_alike(path, str(whole / "gan"))
+    assert runs.numbers(path) == runs.numbers(str(whole / "gan"))
+    assert [row["step"] for row in runs.numbers(path)] == list(range(1, 27))
+
+
+def test_what_a_worker_cannot_do_surfaces_as_itself_and_is_not_tried_again(ray_local, digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "data")
+    run = start(str(tmp_path / "run"), "test", runs.cnn(), str(tmp_path / "data"), 2)
+    shard = next(tmp_path.glob("data/train-*.tar"))
+    shard.write_bytes(bytes(shard.stat().st_size))  # hundreds of bad samples
+    rows, before = [], time.monotonic()
+    with pytest.raises(ValueError, match="could not be read"):
+        fit.train(run, Resources(workers=2, threads=1), rows.append)
+    assert not [row for row in rows if "restart" in row]
+    assert os.listdir(tmp_path / "run/attempts") == ["000001.json"]
+    assert time.monotonic() - before < 60
+
+
+def test_more_workers_than_the_run_can_share_never_reach_ray(digits, tmp_path):
+    with pytest.raises(ValueError, match=r"use one of \[1, 2\] workers"):
+        start(str(tmp_path), "test", runs.cnn(), digits, 4)

@@ -1,0 +1,183 @@
+import contextlib
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from pipeline.shards.image import ImageRecipe, Reject, decode, encode
+
+
+def photo(width=120, height=90, seed=0):
+    """A smooth colour picture, as photographs are: JPEG must be able to hold it."""
+    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.float32)
+    pixels = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def saved(image, form, **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def distance(a, b):
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    assert a.shape == b.shape
+    return np.abs(a - b).mean()
+
+
+def reject_of(raw):
+    with pytest.raises(Reject) as caught:
+        decode(raw)
+    assert "0x" not in caught.value.detail  # an address in it would differ from run to run
+    return caught.value.reason
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
+def test_every_format_decodes_as_pillow_decodes_it(form):
+    raw = saved(photo(), form)
+    assert distance(decode(raw), Image.open(io.BytesIO(raw)).convert("RGB")) < 0.5
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
+def test_a_file_cut_at_any_tenth_is_rejected_and_never_padded(form):
+    raw = saved(photo(), form)
+    reasons = [reject_of(raw[: len(raw) * tenth // 10]) for tenth in range(1, 10)]
+    assert set(reasons) == {"truncated"}
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"quality": 95, "subsampling": 0}, {"optimize": True}])
+def test_jpegs_of_every_kind_cut_at_any_tenth_are_truncated(options):
+    raw = saved(photo(), "JPEG", **options)
+    assert {reject_of(raw[: len(raw) * tenth // 10]) for tenth in range(1, 10)} == {"truncated"}
+    assert reject_of(raw[:-2]) == "truncated"
+
+
+def test_junk_is_typed():
+    assert reject_of(b"") == "empty"
+    assert reject_of(b"hello, world" * 20) == "not_an_image"
+    assert reject_of(b"PK\x03\x04" + bytes(300)) == "not_an_image"  # a zip renamed .jpg
+    assert reject_of(b"\0\0\0\x18ftypavif" + bytes(300)) == "unsupported"
+    assert reject_of(b"8BPS" + bytes(300)) == "unsupported"
+    assert reject_of(b"\xff\xd8\xff\xe0" + b"\0\x10JFIF\0" + bytes(500) + b"\xff\xd9") == "corrupt"
+    float_tiff = Image.fromarray(np.random.default_rng(0).random((9, 9)).astype(np.float32))
+    assert reject_of(saved(float_tiff, "TIFF")) == "unsupported"
+
+
+def test_a_bomb_is_refused_by_its_header():
+    raw = bytearray(saved(Image.new("L", (8, 8)), "BMP"))
+    raw[18:26] = (60_000).to_bytes(4, "little") * 2
+    assert reject_of(bytes(raw)) == "too_large"
+    jpeg = bytearray(saved(photo(), "JPEG"))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = (65_000).to_bytes(2, "big") * 2
+    assert reject_of(bytes(jpeg)) == "too_large"
+
+
+def test_flipped_bits_give_an_image_or_a_reject_and_nothing_else():
+    rng = np.random.default_rng(7)
+    for form in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
+        raw = saved(photo(), form)
+        for _ in range(40):
+            bad = bytearray(raw)
+            for at in rng.integers(0, len(raw), 4):
+                bad[at] ^= 1 << rng.integers(8)
+            with contextlib.suppress(Reject):
+                assert decode(bytes(bad)).dtype == np.uint8
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = saved(photo(), form, exif=exif)
+    assert distance(decode(raw), ImageOps.exif_transpose(Image.open(io.BytesIO(raw))).convert("RGB")) < 0.5
+
+
+def test_metadata_is_dropped():
+    exif = Image.Exif()
+    exif[0x010E] = "my address"
+    raw = encode(saved(photo(), "JPEG", exif=exif, comment=b"my address"), ImageRecipe()).data
+    assert b"my address" not in raw
+    assert b"Exif" not in raw
+
+
+def test_alpha_goes_over_white_and_grey_stays_one_channel():
+    clear = photo().convert("RGBA")
+    clear.putalpha(0)
+    assert (decode(saved(clear, "PNG")) == 255).all()
+    assert (decode(saved(clear, "WEBP", lossless=True)) == 255).all()
+    grey = Image.new("LA", (8, 6), (10, 128))
+    assert decode(saved(grey, "PNG")).shape == (6, 8, 1)
+    assert abs(int(decode(saved(grey, "PNG"))[0, 0, 0]) - 132) <= 1
+    palette = photo().convert("P", palette=Image.Palette.ADAPTIVE)
+    assert distance(decode(saved(palette, "PNG")), palette.convert("RGB")) == 0
+    palette.info["transparency"] = palette.getpixel((0, 0))
+    assert (decode(saved(palette, "PNG", transparency=palette.getpixel((0, 0))))[0, 0] == 255).all()
+    for mode in ("L", "1"):
+        flat = photo().convert(mode)
+        assert distance(decode(saved(flat, "PNG"))[..., 0], flat.convert("L")) == 0
+    assert distance(decode(saved(photo().convert("L"), "JPEG", quality=95))[..., 0], photo().convert("L")) < 1
+
+
+def test_cmyk_is_turned_to_rgb_as_pillow_does_adobe_inversion_included():
+    raw = saved(photo().convert("CMYK"), "JPEG", quality=95)
+    assert distance(decode(raw), photo()) < 3
+
+
+def test_sixteen_bits_become_eight():
+    values = np.linspace(0, 65_535, 100).astype(np.uint16).reshape(10, 10)
+    for form in ("PNG", "TIFF"):
+        assert np.array_equal(decode(saved(Image.fromarray(values), form))[..., 0], np.rint(values / 257))
+
+
+def test_the_first_frame_of_an_animation_is_taken():
+    raw = saved(photo(seed=1), "GIF", save_all=True, append_images=[photo(seed=2)])
+    assert distance(decode(raw), Image.open(io.BytesIO(raw)).convert("RGB")) == 0
+
+
+def test_a_colour_profile_is_converted_and_a_broken_one_ignored():
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert distance(decode(saved(photo(), "PNG", icc_profile=srgb)), photo()) == 0
+    assert distance(decode(saved(photo(), "PNG", icc_profile=b"nonsense")), photo()) == 0
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert distance(decode(saved(photo(), "PNG", icc_profile=lab)), photo()) == 0  # not a profile for RGB
+
+
+def test_the_short_side_shrinks_to_size_and_is_never_enlarged():
+    made = encode(saved(photo(500, 375), "JPEG"), ImageRecipe(size=256))
+    assert (made.width, made.height, made.channels) == (341, 256, 3)
+    assert encode(saved(photo(375, 500), "PNG"), ImageRecipe(size=256)).height == 341
+    assert encode(saved(photo(120, 90), "PNG"), ImageRecipe(size=256)).width == 120
+    small = encode(np.asarray(photo(500, 375)), ImageRecipe(size=100, format="png"))
+    assert distance(decode(small.data), photo(500, 375).resize((133, 100), Image.Resampling.BOX)) < 2
+    grey = encode(np.zeros((60, 50, 1), np.uint8), ImageRecipe(size=10, format="png"))
+    assert decode(grey.data).shape == (12, 10, 1)
+
+
+def test_sums_are_exact():
+    for pixels in (np.asarray(photo(301, 203)), np.full((4000, 5000, 3), 255, np.uint8), np.asarray(photo())[..., :1]):
+        made = encode(pixels, ImageRecipe(format="png"))
+        wide = pixels.astype(np.int64)
+        assert made.sums == tuple(wide.sum((0, 1)).tolist())
+        assert made.squares == tuple((wide**2).sum((0, 1)).tolist())
+
+
+def test_png_is_lossless_and_jpeg_close():
+    pixels = np.asarray(photo())
+    assert np.array_equal(decode(encode(pixels, ImageRecipe(format="png")).data), pixels)
+    assert distance(decode(encode(pixels, ImageRecipe(quality=95)).data), pixels) < 2
+    assert decode(encode(pixels[..., :1], ImageRecipe()).data).shape == (90, 120, 1)
+
+
+def test_what_the_encoder_cannot_hold_is_rejected_or_refused():
+    with pytest.raises(Reject, match="JPEG side"):
+        encode(np.zeros((1, 70_000, 1), np.uint8), ImageRecipe())
+    with pytest.raises(ValueError, match="uint8"):
+        encode(np.zeros((4, 4)), ImageRecipe())
+    for wrong in ({"size": 0}, {"quality": 101}, {"format": "jpeg"}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            ImageRecipe(**wrong)

@@ -1,0 +1,92 @@
+"""Runs killed many times at random moments, resumed at other world sizes: they end as runs never disturbed, bit by bit.
+
+A draw of the moments that fails is printed with its seed.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+from test_fit import HERE
+
+from pipeline import storage
+from pipeline.training import fit
+from pipeline.training.run import start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+OFTEN = {"checkpoint_every": 64}  # a checkpoint each step: most kills come while one is written
+
+# The whole command, with a Ray of its own where it has workers; says when it takes its first step.
+TRAINING = """
+import sys
+import runs
+from cluster.session import ray_session
+from pipeline.training import fit
+from pipeline.training.run import Resources, start
+path, data, kind, epochs, workers = sys.argv[1:]
+run = start(path, "test", runs.KINDS[kind](epochs=int(epochs), checkpoint_every=64), data, int(workers))
+def train():
+    fit.train(run, Resources(workers=int(workers), threads=1), lambda row: print("row", flush=True))
+if int(workers):
+    with ray_session(int(workers)):
+        train()
+else:
+    train()
+"""
+
+
+def killed(path, data, kind, epochs, workers, after):
+    """Starts the command, SIGKILLs it `after` seconds of training; whether it had finished by itself."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    command = [sys.executable, "-c", TRAINING, path, data, kind, str(epochs), str(workers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout.readline() in ("row\n", "")
+        time.sleep(after)
+        process.send_signal(signal.SIGKILL)
+    return process.returncode == 0
+
+
+def unbroken(root, kind, data, epochs):
+    config = runs.KINDS[kind](epochs=epochs, **OFTEN)
+    fit.train(start(str(root / "whole"), "test", config, data, 0), HERE, lambda row: None)
+    return str(root / "whole")
+
+
+def check(path, whole, attempts):
+    assert runs.ends_alike(path, whole)
+    assert runs.numbers(path) == runs.numbers(whole)
+    rows = runs.numbers(path)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(os.listdir(os.path.join(path, "attempts"))) >= attempts
+    stray = [name for _, _, names in os.walk(path) for name in names if name.endswith(".part")]
+    assert not stray
+    kept = {file.path.partition("/")[0] for file in storage.list_files(os.path.join(path, "checkpoints"))}
+    assert len(kept) <= 4  # newest two, best, the one resumed from
+
+
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_ten_kills_of_a_single_process(digits, tmp_path, kind):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    moments, path = random.Random(seed), str(tmp_path / "run")
+    for _ in range(10):
+        if killed(path, digits, kind, 24, 0, moments.uniform(0, 0.4)):
+            break
+    fit.train(start(path, "test", runs.KINDS[kind](epochs=24, **OFTEN), digits, 0), HERE, lambda row: None)
+    check(path, unbroken(tmp_path, kind, digits, 24), 11)
+
+
+def test_kills_of_the_command_at_changing_numbers_of_workers(digits, tmp_path):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    moments, path = random.Random(seed), str(tmp_path / "run")
+    for workers in (2, 1):
+        assert not killed(path, digits, "gan", 12, workers, moments.uniform(0, 1))
+    fit.train(start(path, "test", runs.gan(epochs=12, **OFTEN), digits, 0), HERE, lambda row: None)
+    check(path, unbroken(tmp_path, "gan", digits, 12), 3)

@@ -1,0 +1,349 @@
+"""The loop: what is summed and averaged, when it validates, saves and stops; neither micro-batches nor ranks show."""
+
+import threading
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.loading.loader import Batch, Step
+from pipeline.training.checkpoint import snapshot
+from pipeline.training.loop import LoopConfig, take_phase, total_steps, train
+from pipeline.training.optim import OptimConfig, make_optimizer
+from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, Phase, Task, make_task
+from pipeline.training.world import World
+
+FACTS = Facts(1, 16, ("a", "b", "c"), (0.4,), (0.3,))
+SGD = OptimConfig(optimizer="sgd", lr=0.01, schedule="constant")
+SAMPLES = 96
+
+
+class Normed(nn.Module):
+    """Batch norm, and dropout on request."""
+
+    def __init__(self, dropout: float = 0.0, momentum: float | None = 0.1):
+        super().__init__()
+        norm = nn.BatchNorm2d(4, momentum=momentum)
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), norm, nn.ReLU(), nn.Dropout(dropout), nn.Flatten())
+        self.head = nn.Linear(4 * 14 * 14, 3)
+
+    def forward(self, images):
+        return self.head(self.body(images))
+
+
+def normed(optim=SGD, **options):
+    torch.manual_seed(1)
+    model = Normed(**options)
+
+    def loss(batch):
+        logits = model(batch.images.permute(0, 3, 1, 2).float() / 255)
+        each = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+        total = (each * batch.weights).sum()
+        return total, {"loss": total.detach()}
+
+    return Task({"model": model}, [Phase("model", model, make_optimizer(model, optim), loss)])
+
+
+KINDS = {
+    "cnn": lambda: make_task(ClassifyConfig(ema_half_life=100), FACTS, SGD, 0, "cpu"),
+    "gan": lambda: make_task(GanConfig(latent=8, width=4, r1=0.5), FACTS, SGD, 0, "cpu"),
+    "batch norm": normed,
+    "batch norm, cumulative": lambda: normed(momentum=None),
+    "dropout": lambda: normed(dropout=0.5),
+}
+
+
+def steps_of(config: LoopConfig, rank=0, world=1, start=0):
+    """Endless steps over 96 fixed random samples, in order."""
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 256, (SAMPLES, 16, 16, 1), np.uint8))
+    labels = torch.from_numpy(random.integers(0, 3, SAMPLES))
+    number, own = start, range(rank, config.micro_batches, world)
+    while True:
+        parts = []
+        for j in own:
+            rows = np.arange(number * config.batch + j, (number + 1) * config.batch, config.micro_batches) % SAMPLES
+            parts.append(Batch(images[rows], labels[rows], torch.ones(len(rows)), rows))
+        yield Step(number, own, parts)
+        number += 1
+
+
+@dataclass
+class Kept:
+    """A Saver's place: keeps what it is given."""
+
+    saves: list = field(default_factory=list)
+
+    def save(self, state, samples, rows, validation):
+        self.saves.append((snapshot(state), samples, rows, validation))
+
+    def wait(self):
+        pass
+
+
+def run(config, task, optim=SGD, world=None, start=0, validate=dict, report=lambda row: None):
+    world, saver = world or World(), Kept()
+    steps = steps_of(config, world.rank, world.size, start)
+    last = train(config, optim, task, steps, SAMPLES, world, validate, saver, report)
+    return saver.saves, last
+
+
+class Threads:
+    """Ranks as threads of this process: `sum_` adds in the order of the ranks, as a process group would.
+
+    torch's generator is one for the process, so that only one rank at a time may compute: the one whose turn it is.
+    """
+
+    def __init__(self, size):
+        self.size, self.barrier, self.given = size, threading.Barrier(size, timeout=60), {}
+        self.turn = threading.Lock()
+
+    def world(self, rank):
+        outer = self
+
+        @dataclass(frozen=True)
+        class Rank(World):
+            def sum_(self, tensor):
+                outer.given[self.rank] = tensor.clone()
+                outer.wait()
+                tensor.copy_(sum(outer.given[r] for r in range(1, self.size)) + outer.given[0])
+                outer.wait()
+                return tensor
+
+        return Rank(rank, self.size)
+
+    def wait(self):
+        self.turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+
+    def run(self, body):
+        """[body(world) of each rank]; raises what the first to fail raised."""
+        results, errors = {}, []
+
+        def rank_body(rank):
+            with self.turn:
+                try:
+                    results[rank] = body(self.world(rank))
+                except BaseException as error:
+                    errors.append(error)
+                    self.barrier.abort()
+
+        threads = [threading.Thread(target=rank_body, args=(rank,)) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        if errors:
+            raise errors[0]
+        return [results[rank] for rank in range(self.size)]
+
+
+def flat(tree, prefix=""):
+    if isinstance(tree, dict):
+        return {k: v for name, value in tree.items() for k, v in flat(value, f"{prefix}{name}/").items()}
+    if isinstance(tree, list | tuple):
+        return flat(dict(enumerate(tree)), prefix)
+    return {prefix: tree}
+
+
+def differences(one, other):
+    one, other = flat(one), flat(other)
+    assert one.keys() == other.keys()
+    return {name: (one[name], other[name]) for name in one if not _equal(one[name], other[name])}
+
+
+def _equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("optim", [SGD, replace(SGD, l1=1e-3, l2=1e-2), OptimConfig(lr=1e-3)])
+def test_micro_batches_summed_are_one_big_batch(optim):
+    def after(v):
+        task = make_task(ClassifyConfig(), FACTS, optim, 0, "cpu")
+        ((state, _, rows, _),) = run(LoopConfig(epochs=1, batch=16, micro_batches=v), task, optim)[0]
+        return flat(state["task"]["modules"]), [row["loss"] for row in rows]
+
+    (whole, losses), (parts, other_losses) = after(1), after(8)
+    assert losses == pytest.approx(other_losses, rel=1e-4)
+    tolerance = 1e-5 if optim.optimizer == "sgd" else 2e-3  # adam divides by tiny second moments
+    assert all(torch.allclose(whole[name], parts[name], atol=tolerance) for name in whole)
+
+
+def test_gradients_are_the_mean_over_the_step():
+    task, config = normed(), LoopConfig(batch=16, micro_batches=1)
+    model, step = task.phases[0].module, next(steps_of(config))
+    loss, _ = task.phases[0].loss(step.micro_batches[0])
+    expected = torch.autograd.grad(loss / 16, list(model.parameters()))
+    numbers = take_phase(config, SGD, 0, task.phases[0], step, World())
+    assert numbers["loss"] == pytest.approx(loss.item() / 16, rel=1e-5)
+    assert all(torch.allclose(p.grad, g, atol=1e-7) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks_end_with_the_weights_and_statistics_of_one(kind):
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2)
+    alone, last = run(config, KINDS[kind]())
+    for saves, row in Threads(2).run(lambda world: run(config, KINDS[kind](), world=world)):
+        assert differences(saves[-1][0], alone[-1][0]) == {}
+        assert {k: v for k, v in row.items() if k != "time"} == {k: v for k, v in last.items() if k != "time"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ranks_share_does_not_depend_on_what_else_it_computed(kind):
+    """Each micro-batch starts from the step's statistics and a generator of its own: order does not show."""
+    config = LoopConfig(batch=16, micro_batches=4)
+    step = next(steps_of(config))
+    there, back = KINDS[kind](), KINDS[kind]()
+    reverse = Step(0, step.own[::-1], step.micro_batches[::-1])
+    for number, (one, two) in enumerate(zip(there.phases, back.phases, strict=True)):
+        numbers = take_phase(config, SGD, number, one, step, World())
+        assert take_phase(config, SGD, number, two, reverse, World()) == pytest.approx(numbers, rel=1e-5)
+        for (name, a), b in zip(one.module.state_dict().items(), two.module.state_dict().values(), strict=True):
+            assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_running_statistics_move_by_the_mean_of_the_micro_batches_changes():
+    config = LoopConfig(batch=16, micro_batches=4)
+    task, step = normed(), next(steps_of(config))
+    norm = task.phases[0].module.body[1]
+    moved = []
+    for batch in step.micro_batches:
+        fresh = normed()
+        fresh.phases[0].loss(batch)
+        moved.append(fresh.phases[0].module.body[1].running_mean)
+    take_phase(config, SGD, 0, task.phases[0], step, World())
+    assert torch.allclose(norm.running_mean, torch.stack(moved).mean(0), atol=1e-6)
+    assert norm.num_batches_tracked.item() == 1
+
+
+def test_dropout_and_latents_are_drawn_anew_for_each_step_and_micro_batch_and_again_alike():
+    def losses(seed):
+        config = LoopConfig(epochs=1, batch=16, micro_batches=2, seed=seed)
+        rows = []
+        run(config, normed(dropout=0.5), report=rows.append)
+        return [row["loss"] for row in rows]
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+    config, task = LoopConfig(batch=8, micro_batches=2), normed(replace(SGD, lr=1e-12), dropout=0.5)
+    step = next(steps_of(config))
+    twice = [replace(step, number=n, own=range(1), micro_batches=step.micro_batches[:1]) for n in (0, 1, 0)]
+    first, other, again = (take_phase(config, SGD, 0, task.phases[0], one, World())["loss"] for one in twice)
+    assert first != pytest.approx(other, rel=1e-3)
+    assert first == pytest.approx(again, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_stopped_and_gone_on_ends_as_one_unbroken(kind):
+    config = LoopConfig(epochs=2, batch=16, micro_batches=2, checkpoint_every=32)
+    saves, _ = run(config, KINDS[kind]())
+    state, samples, _, _ = saves[2]
+    task = KINDS[kind]()
+    task.load(snapshot(state)["task"])
+    again, _ = run(config, task, start=samples // 16)
+    assert differences(again[-1][0], saves[-1][0]) == {}
+
+
+# ---- failures
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
+    task, config = normed(), LoopConfig(epochs=1, batch=16, micro_batches=2)
+    plain, calls, saver = task.phases[0].loss, [], Kept()
+
+    def breaking(batch):
+        calls.append(1)
+        total, numbers = plain(batch)
+        return (total, numbers) if len(calls) != 5 else (total * torch.inf, {"loss": total.detach() * torch.inf})
+
+    task.phases[0].loss = breaking
+    with pytest.raises(FloatingPointError, match=r"loss is not finite at step 3 \(48 samples\)"):
+        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, lambda row: None)
+    assert not saver.saves
+
+
+def test_weights_that_are_not_finite_never_become_a_checkpoint():
+    """A finite loss whose gradient is not: at the step that saves, no later loss would show it."""
+    task, config, saver = normed(), LoopConfig(epochs=1, batch=16, micro_batches=1), Kept()
+    plain, calls = task.phases[0].loss, []
+
+    def breaking(batch):
+        calls.append(1)
+        total, numbers = plain(batch)
+        weight = task.phases[0].module.head.weight
+        return (total + (weight - weight.detach()).abs().sqrt().sum() if len(calls) == 6 else total), numbers
+
+    task.phases[0].loss = breaking
+    with pytest.raises(FloatingPointError, match="a weight of the model is not finite at step 6"):
+        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, lambda row: None)
+    assert not saver.saves
+
+
+# ---- cadence
+
+
+@pytest.mark.parametrize(
+    ("options", "validated", "saved"),
+    [
+        ({}, [96, 192], [96, 192]),
+        ({"validate_every": 64}, [64, 128, 192], [64, 128, 192]),
+        ({"checkpoint_every": 40}, [96, 192], [48, 80, 96, 128, 160, 192]),
+        ({"validate_every": 50, "checkpoint_every": 100}, [64, 112, 160, 192], [64, 112, 160, 192]),
+        ({"validate_every": 1}, [*range(16, 193, 16)], [*range(16, 193, 16)]),
+        ({"validate_every": 10_000}, [192], [192]),
+        ({"epochs": 1.4, "batch": 24}, [96, 144], [96, 144]),
+        ({"epochs": 0.001}, [16], [16]),
+    ],
+)
+def test_validations_and_checkpoints_come_when_they_should(options, validated, saved):
+    config = LoopConfig(**{"epochs": 2, "batch": 16, "micro_batches": 2} | options)
+    reported, validations = [], []
+
+    def validate():
+        validations.append(1)
+        return {"accuracy": len(validations) / 100}
+
+    saves, last = run(config, normed(), validate=validate, report=reported.append)
+    assert [row["samples"] for row in reported if "val_accuracy" in row] == validated
+    assert [samples for _, samples, _, _ in saves] == saved
+    assert [state["samples"] for state, *_ in saves] == saved
+    assert [bool(validation) for *_, validation in saves] == [s in validated for s in saved]
+    kept = [row for _, _, rows, _ in saves for row in rows]
+    assert kept == reported
+    assert [row["step"] for row in kept] == list(range(1, len(kept) + 1))
+    assert [row["samples"] for row in kept] == [row["step"] * config.batch for row in kept]
+    assert kept[-1] == last
+    assert last["val_accuracy"] == len(validated) / 100
+    assert last["epoch"] == last["samples"] / SAMPLES
+
+
+@pytest.mark.parametrize("epochs", [0.001, 0.5, 1, 1.01, 3, 7.3])
+@pytest.mark.parametrize("batch", [1, 7, 64, 96, 97, 1000])
+def test_a_run_draws_what_its_epochs_ask_and_less_than_a_batch_more(epochs, batch):
+    asked = epochs * SAMPLES
+    drawn = total_steps(LoopConfig(epochs=epochs, batch=batch), SAMPLES) * batch
+    assert round(asked) <= drawn
+    assert drawn < round(asked) + batch or drawn == batch
+
+
+def test_a_finished_run_takes_no_step():
+    config, rows = LoopConfig(epochs=1, batch=16, micro_batches=1), []
+    saves, last = run(config, normed(), start=6, report=rows.append)
+    assert (saves, last, rows) == ([], {}, [])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("epochs", 0.0), ("epochs", -1.0), ("epochs", float("nan")), ("epochs", float("inf")), ("seed", -1),
+        ("seed", 2**63), ("validate_every", -1), ("checkpoint_every", -5), ("keep", 0),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_work_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} {value}"):
+        LoopConfig(**{field: value})
