@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import io
 import json
@@ -174,6 +175,15 @@ def test_a_build_killed_while_it_clears_up_is_cleared_up(photos, built, tmp_path
     (out / ".build/job.json").write_text("{}")
     (out / ".lease").write_text("{}")
     assert build(photos, str(out), RECIPE, workers=0)["done"]
+    assert content(out) == content(built[0])
+
+
+def test_what_a_killed_builders_task_still_wrote_at_the_rerun_is_not_left(photos, built, tmp_path):
+    out = str(tmp_path / "out")
+    os.mkdir(out)
+    with open(storage.partial(os.path.join(out, "train-000003.tar")), "wb") as orphan:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        build(photos, out, RECIPE, 0, lambda *_: orphan.close())  # dies while the rerun works
     assert content(out) == content(built[0])
 
 

@@ -1,5 +1,6 @@
 """Checkpoints are whole or invisible, damage is named and survived, and a successor's predecessor is never read."""
 
+import fcntl
 import json
 import os
 import threading
@@ -294,6 +295,18 @@ def test_what_killed_writers_left_in_flight_goes_with_the_next_start(tmp_path):
     with open(left, "wb") as file:
         file.write(b"half")
     Started(str(tmp_path))
+    assert not os.path.exists(left)
+
+
+def test_what_an_orphan_had_in_flight_when_it_died_after_its_successors_start_goes_with_a_save(tmp_path):
+    left = storage.partial(file_of(str(tmp_path), 40, "state.pt"))
+    os.makedirs(os.path.dirname(left))
+    with open(left, "wb") as orphan:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        start = Started(str(tmp_path))
+        start.save(10)
+        assert os.path.exists(left)  # its writer lives
+    start.save(20)
     assert not os.path.exists(left)
 
 

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import runs
+from s3_server import wait_for
 from test_fit import HERE
 
 from pipeline import storage
@@ -21,9 +22,9 @@ from pipeline.training.run import start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 OFTEN = {"checkpoint_every": 64}  # a checkpoint each step: most kills come while one is written
 
-# The whole command, with a Ray of its own where it has workers; says when it takes its first step.
+# The whole command, with a Ray of its own where it has workers; tells where that lies and when it takes its first step.
 TRAINING = """
-import sys
+import os, sys
 import runs
 from cluster.session import ray_session
 from pipeline.training import fit
@@ -31,6 +32,7 @@ from pipeline.training.run import Resources, start
 path, data, kind, epochs, workers = sys.argv[1:]
 run = start(path, "test", runs.KINDS[kind](epochs=int(epochs), checkpoint_every=64), data, int(workers))
 def train():
+    print(os.environ.get("MILLSTREAM_SCRATCH", ""), flush=True)
     fit.train(run, Resources(workers=int(workers), threads=1), lambda row: print("row", flush=True))
 if int(workers):
     with ray_session(int(workers)):
@@ -46,9 +48,12 @@ def killed(path, data, kind, epochs, workers, after):
     environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
     command = [sys.executable, "-c", TRAINING, path, data, kind, str(epochs), str(workers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        session = process.stdout.readline().strip()
         assert process.stdout.readline() in ("row\n", "")
         time.sleep(after)
         process.send_signal(signal.SIGKILL)
+    # Workers write until the reaper has them; what they leave is the next start's to clear.
+    wait_for(lambda: not session or not os.path.exists(session), 30, f"end of the session {session}")
     return process.returncode == 0
 
 

@@ -70,6 +70,7 @@ def build(
             info, skipped = _make(source_uri, out, listing, recipe, identity, workers, progress, held.check)
             done = False
         storage.delete_tree(storage.join(out, WORK))
+        storage.sweep_partial(out)  # again: a killed builder's tasks, still writing when we started, are dead by now
     return _outcome(info, skipped, done, start)
 
 

@@ -251,3 +251,4 @@ class Saver:
                 folder = storage.join(self.run, "checkpoints", name)
                 storage.delete(storage.join(folder, "manifest.json"))  # first: a half-deleted one must not look whole
                 storage.delete_tree(folder)
+        storage.sweep_partial(self.run)  # again: an orphan that was writing when we started may be dead by now
