@@ -1,6 +1,7 @@
 """Scores a run's best checkpoint on a split, every sample counted once."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -20,7 +21,7 @@ class Args:
     Writes RUN/evaluation-SPLIT.json and RUN/report.html.
     """
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """RUN: the directory `millstream train` wrote, local or s3://..."""
     data: str | None = None
     """DATASET; default: the one the run was trained on."""

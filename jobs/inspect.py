@@ -1,6 +1,7 @@
 """Says what a dataset holds, and draws it."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -17,7 +18,7 @@ from pipeline.shards import index
 class Args:
     """Say what a dataset holds: counts, classes, sizes, rejects, shards."""
 
-    dataset: tyro.conf.Positional[str]
+    dataset: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATASET")]
     """DATASET: what `millstream shard` wrote, local or s3://..."""
     preview: str | None = None
     """Draw a contact sheet of some samples of each split into this PNG file."""

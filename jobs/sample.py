@@ -1,6 +1,7 @@
 """Draws images from a trained GAN."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -14,7 +15,7 @@ from pipeline.training.run import Run, draw_classes, open_run
 class Args:
     """Draw a grid of images from a trained GAN's averaged generator: one class a row where it knows classes."""
 
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """RUN: the directory `millstream train` wrote for a GAN preset."""
     out: str
     """Where the PNG goes, local or s3://..."""

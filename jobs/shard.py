@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import tyro
 
@@ -20,10 +21,10 @@ class Args:
     that cannot be read are counted and listed with their reasons, not fatal.
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """folder:PATH (one folder a class; train/ and val/ below it are splits), idx:PATH (MNIST's format, gz or not),
     or digits: (scikit-learn's). PATH is local or s3://..."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Where the dataset is written, a local folder or s3://..."""
     recipe: Recipe = field(default_factory=Recipe)
     workers: int = os.cpu_count() or 1

@@ -19,7 +19,7 @@ _KEY_BYTES = 10  # 20 hex characters: at 14 million samples two keys meet with a
 
 @dataclass(frozen=True)
 class Recipe:
-    """How samples are made of a source. Raises ValueError naming a value that cannot be."""
+    """How samples are made of a source."""
 
     size: int | None = None
     """Short side in px at most; smaller images are never enlarged. None: as they are."""
@@ -37,6 +37,7 @@ class Recipe:
     """auto: classes as the source has them. none: no classes, any folder of images (a GAN needs none)."""
 
     def __post_init__(self):
+        """ValueError, naming the field, for a value that cannot be."""
         if self.format not in ("auto", "jpg", "png"):
             raise ValueError(f"format {self.format!r}: auto, jpg or png")
         self.image("jpg")

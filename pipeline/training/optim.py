@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How weights move. Raises ValueError, naming the field, for values that cannot work."""
+    """How weights move."""
 
     optimizer: str = "adamw"
     """sgd (with momentum), adam or adamw."""
@@ -36,6 +36,7 @@ class OptimConfig:
     """Linear warm-up, in epochs."""
 
     def __post_init__(self):
+        """ValueError, naming the field, for values that cannot work."""
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r}: use one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
