@@ -7,6 +7,7 @@ import sys
 VERBS = {
     "shard": "raw images -> webdataset tar shards and an index",
     "inspect": "what a dataset holds; --preview draws it",
+    "verify": "read a dataset again, compare it with its checksums, repair it",
     "train": "train a preset on a dataset; the same command again resumes",
     "evaluate": "score a run's best checkpoint on a split",
     "sample": "draw images from a trained GAN",

@@ -22,7 +22,7 @@ class Args:
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """RUN: the directory `millstream train` wrote, local or s3://..."""
+    """The directory `millstream train` wrote, local or s3://..."""
     data: str | None = None
     """DATASET; default: the one the run was trained on."""
     split: str = "val"

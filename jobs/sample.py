@@ -16,7 +16,7 @@ class Args:
     """Draw a grid of images from a trained GAN's averaged generator: one class a row where it knows classes."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """RUN: the directory `millstream train` wrote for a GAN preset."""
+    """The directory `millstream train` wrote for a GAN preset."""
     out: str
     """Where the PNG goes, local or s3://..."""
     n: int = 64

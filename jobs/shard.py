@@ -9,7 +9,7 @@ import tyro
 
 from cluster.session import ray_session
 from jobs.command import absolute, absolute_source, execute, parse, progress, say
-from pipeline.shards import build
+from pipeline.shards import build, sidecars
 from pipeline.shards.plan import Recipe
 
 
@@ -17,16 +17,24 @@ from pipeline.shards.plan import Recipe
 class Args:
     """Turn raw images into a dataset: webdataset tar shards, an index, statistics.
 
-    The same command again goes on from the shards that are finished; on a finished dataset it does nothing. Images
-    that cannot be read are counted and listed with their reasons, not fatal.
+    The same command again goes on from the shards that are finished; on a finished dataset it adds what the source has
+    got since, or does nothing. Images that cannot be used are counted and listed with their reasons, not fatal up to
+    --max-rejects.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """folder:PATH (one folder a class; train/ and val/ below it are splits), idx:PATH (MNIST's format, gz or not),
-    or digits: (scikit-learn's). PATH is local or s3://..."""
+    """folder:PATH (one folder a class; train/ and val/ below it are splits), imagenet:PATH (the ILSVRC2012 tars, or
+    Kaggle's tree), tars:PATH (webdataset tars), table:PATH (Parquet, CSV or JSONL of paths or of images), idx:PATH
+    (MNIST's format, gz or not), or digits: (scikit-learn's). PATH is local or s3://..."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Where the dataset is written, a local folder or s3://..."""
     recipe: Recipe = field(default_factory=Recipe)
+    max_rejects: int | None = None
+    """Items that may turn out unusable before the build fails, duplicates not counted; default: 1 %, at least 10."""
+    prune: bool = False
+    """Take out what the source no longer has, and replace what changed in it: its bytes are gone for every reader."""
+    sidecars: tuple[str, ...] = ("all",)
+    """Files for other readers beside the shards: wids, energon, dali, timm, open_clip; all, or none."""
     workers: int = os.cpu_count() or 1
     """Ray tasks that write shards; 0: this process alone, without Ray."""
     address: str | None = None
@@ -42,8 +50,10 @@ def run(args: Args) -> dict:
     source, out = absolute_source(args.source), absolute(args.out)
     plan = build.describe(source, out, args.recipe)
     splits = ", ".join(f"{name} {s['samples']:,} in {s['shards']} shards" for name, s in plan["splits"].items())
-    say(f"{args.source} -> {args.out}: {plan['samples']:,} images, {len(plan['classes'])} classes ({splits})")
+    say(f"{args.source} -> {args.out}: {plan['samples']:,} images to add, {len(plan['classes'])} classes ({splits})")
+    _say_some("changed under their names", [f"{name}: {what}" for name, what in plan["changed"].items()])
     if args.dry_run:
+        _say_some("no longer in the source", plan["vanished"])
         return plan
     started = time.monotonic()
     if plan["done"] or args.workers == 0:
@@ -62,18 +72,37 @@ def _build(args: Args, source: str, out: str, workers: int) -> dict:
         def show(done: int, total: int, samples: int, rejects: int) -> None:
             bar.update(task, completed=done, total=total, note=f"{samples:,} samples, {rejects} rejects")
 
-        result = build.build(source, out, args.recipe, workers, show, waiting=say)
+        result = build.build(
+            source, out, args.recipe, workers, show, waiting=say, max_rejects=args.max_rejects, pruning=args.prune,
+            beside=_kinds(args.sidecars),
+        )  # fmt: skip
+    _say_some("no longer in the source; --prune takes them out", result["vanished"])
     if result["done"]:
         say(f"{args.out} is finished already: {result['samples']:,} samples in {result['shards']} shards")
-    else:
-        rate = result["samples"] / max(result["seconds"], 1e-9)
-        say(
-            f"{result['samples']:,} samples in {result['shards']} shards, {result['rejected']} rejected, "
-            f"{result['seconds']:.1f} s ({rate:,.0f} samples/s)"
-        )
-        for reason, count in result["rejects"].items():
-            say(f"  rejected: {reason} {count} (millstream inspect {args.out} lists them)")
+        return result
+    rate = result["added"] / max(result["seconds"], 1e-9)
+    pruned = f"{result['pruned']} items taken out, " if result["pruned"] else ""
+    say(
+        f"{pruned}{result['added']:,} samples added in {result['seconds']:.1f} s ({rate:,.0f} samples/s): now "
+        f"{result['samples']:,} in {result['shards']} shards, {result['rejected']} rejected"
+    )
+    for reason, count in result["rejects"].items():
+        say(f"  rejected: {reason} {count} (millstream inspect {args.out} lists them)")
     return result
+
+
+def _kinds(asked: tuple[str, ...]) -> tuple[str, ...]:
+    if asked in (("all",), ("none",)):
+        return sidecars.KINDS if asked == ("all",) else ()
+    if unknown := set(asked) - set(sidecars.KINDS):
+        raise ValueError(f"sidecars {min(unknown)!r}: all, none, or some of {', '.join(sidecars.KINDS)}")
+    return asked
+
+
+def _say_some(what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        say(f"{len(names)} {what}: {', '.join(names[:5])}{more}")
 
 
 def main(argv: list[str]) -> int:

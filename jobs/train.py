@@ -19,7 +19,7 @@ class Args:
     """Train a preset on a dataset. The same command again resumes where the run stands, exactly."""
 
     data: str
-    """DATASET: what `millstream shard` wrote, local or s3://..."""
+    """What `millstream shard` wrote, local or s3://..."""
     out: str
     """RUN: the run's directory, local or s3://... It is the record: config, metrics, checkpoints."""
     config: TrainConfig

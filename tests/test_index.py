@@ -6,29 +6,35 @@ import pyarrow as pa
 import pytest
 
 from pipeline import storage
+from pipeline.shards import commit as commits
 from pipeline.shards import index
+from pipeline.shards.commit import Generation, ShardRecord
 
 
-def record(name, split, count, labels=3, channels=1, side=8, rejects=()):
+def record(name, split, count, labels=3, channels=1, side=8, rejects=(), generation=0):
     key = [f"{name}{i:09d}" for i in range(count)]
     columns = {
         "key": key, "split": [split] * count, "shard": [f"{name}.tar"] * count,
         "offset": np.arange(count) * 2048 + 1024, "size": np.arange(count) % 500 + 1,
         "label": pa.array(np.arange(count) % labels if labels else [None] * count, pa.int32()),
-        "width": [side] * count, "height": [side + 1] * count, "channels": [channels] * count,
-        "crc32": np.arange(count) + 2**31, "source": [f"x/{k}.png" for k in key], "source_bytes": [9] * count,
-        "generation": [0] * count,
+        "format": ["png"] * count, "width": [side] * count, "height": [side + 1] * count,
+        "channels": [channels] * count, "crc32": np.arange(count) + 2**31, "json_size": [100] * count,
+        "beside": pa.nulls(count, pa.string()), "passed": [False] * count, "animated": [i == 0 for i in range(count)],
+        "source": [f"x/{k}.png" for k in key], "source_bytes": [9] * count, "generation": [generation] * count,
     }  # fmt: skip
     rows = pa.table({c: columns[c] for c in index.SCHEMA.names}).cast(index.SCHEMA)
     refused = [{"source": s, "split": split, "reason": r, "detail": "because"} for s, r in rejects]
-    pixels = {channels: [count * side, [100 * count] * channels, [30_000 * count] * channels]}
+    pixels = {str(channels): [count * side, [100 * count] * channels, [30_000 * count] * channels]}
+    entry = {"name": f"{name}.tar", "split": split, "generation": generation, "samples": count, "bytes": 10_240}
     table = pa.Table.from_pylist(refused, schema=index.REJECTS)
-    return index.ShardRecord(f"{name}.tar", split, 10_240, "ab" * 32, rows, table, pixels)
+    return ShardRecord(entry | {"sha256": "ab" * 32, "pixels": pixels}, rows, table)
 
 
-def commit(root, records, classes=("a", "b", "c")):
+def commit(root, records, classes=("a", "b", "c"), earlier=None):
     source = {"kind": "folder", "items": 1, "fingerprint": "f"}
-    return index.commit(str(root), records, classes, "png", {"seed": 0}, source)
+    number = len(earlier["generations"]) if earlier else 0
+    made = Generation(number, source, index.SOURCES.empty_table, index.REJECTS.empty_table())
+    return commits.commit(str(root), earlier, records, made, {"seed": 0}, classes)
 
 
 def test_what_was_committed_is_loaded(tmp_path):
@@ -90,7 +96,7 @@ def test_no_sample_at_all_is_an_error_with_the_reasons_and_leaves_nothing(tmp_pa
 
 
 def test_where_record_batches_end_does_not_show_in_the_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(index, "ROW_GROUP", 7)
+    monkeypatch.setattr(commits, "ROW_GROUP", 7)
     for folder in ("one", "two"):
         commit(tmp_path / folder, (record(f"train-{i:06d}", "train", 5) for i in range(9)))
     assert len(index.load(str(tmp_path / "one")).split("train")) == 45
@@ -130,18 +136,20 @@ def test_an_index_that_is_missing_or_damaged_is_named(tmp_path):
         index.load(str(tmp_path)).split("train")
 
 
-def test_generations_are_read_one_after_the_other(tmp_path):
-    """Nothing writes a second generation yet; readers are ready for one."""
-    info = commit(tmp_path, [record("train-000000", "train", 3), record("val-000000", "val", 1)])
-    commit(tmp_path / "more", [record("train-000001", "train", 2)])
-    (tmp_path / "more/index/000000.parquet").rename(tmp_path / "index/000001.parquet")
-    info["generations"].append(info["generations"][0] | {"generation": 1, "index": "index/000001.parquet"})
-    info["shards"].append(info["shards"][0] | {"name": "train-000001.tar", "samples": 2, "generation": 1})
-    (tmp_path / "dataset.json").write_text(json.dumps(info))
-    train = index.load(str(tmp_path)).split("train")
+def test_generations_are_read_one_after_the_other_and_counted_together(tmp_path):
+    first = commit(tmp_path, [record("train-000000", "train", 3), record("val-000000", "val", 1)])
+    more = [record("train-000001", "train", 2, generation=1, rejects=[("y", "empty")])]
+    info = commit(tmp_path, more, ("a", "b", "c", "d"), first)
+    data = index.load(str(tmp_path))
+    train = data.split("train")
     assert train.counts.tolist() == [3, 2]
     assert train.offset.tolist() == [1024, 3072, 5120, 1024, 3072]
     assert train.keys.to_pylist()[3:] == ["train-000001000000000", "train-000001000000001"]
+    assert info["splits"]["train"] == {"samples": 5, "shards": 2, "classes": [2, 2, 1, 0]}
+    assert (info["samples"], info["rejected"], info["animated"]) == (6, {"empty": 1}, 3)
+    assert info["next_shard"] == {"train": 2, "val": 1}
+    assert info["bytes"]["source"] == 6 * 9
+    assert sum(info["histograms"]["short_side"]["counts"]) == sum(info["histograms"]["aspect"]["counts"]) == 6
 
 
 def test_as_many_rows_as_imagenet_load_within_a_second(tmp_path):

@@ -115,5 +115,5 @@ def test_a_million_items_are_planned_in_seconds():
                "label": pa.array(np.arange(count, dtype=np.int32) % 1000), "split": pa.nulls(count, pa.string()),
                "size": pa.array(np.arange(count)), "tag": pa.array([""] * count)}  # fmt: skip
     start = time.perf_counter()
-    assert len(plan(Listing(pa.table(columns), ("x",) * 1000, "jpg"), Recipe())) == 1001
+    assert len(plan(Listing.of(columns, ("x",) * 1000, "jpg"), Recipe())) == 1001
     assert time.perf_counter() - start < 10

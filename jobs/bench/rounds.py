@@ -50,5 +50,5 @@ def dataset(path: str | None) -> Iterator[str]:
 
 def read_source(uri: str, most: int) -> list:
     """The first `most` items of a source in memory: bytes, or pixels."""
-    names = sources.list_items(uri, "none" if uri.startswith("folder:") else "auto").items["name"].to_pylist()[:most]
-    return list(sources.read_items(uri, names))
+    items = sources.list_items(uri, "none" if uri.startswith("folder:") else "auto").items[:most]
+    return [raw for raw, _ in sources.read_items(uri, items)]

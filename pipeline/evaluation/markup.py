@@ -81,9 +81,26 @@ td.name, tbody th { min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere; 
 .facts dt { color: var(--soft); max-width: 16rem; }
 .facts dd { margin: 0; min-width: 0; }
 .facts dd > .facts { border-left: 2px solid var(--line); padding-left: .8rem; }
+.bars { display: flex; align-items: flex-end; gap: 1px; height: 8rem; margin-top: .8rem;
+  border-bottom: 1px solid var(--line); }
+.bars i { flex: 1 1 0; min-width: 0; background: rgb(var(--accent)); border-radius: .15rem .15rem 0 0; }
+.ticks { position: relative; height: 1.5em; color: var(--soft); font-size: .85rem; margin-top: .2rem; }
+.ticks span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.ticks span:first-child { transform: none; }
+.ticks .end { transform: translateX(-100%); }
+.strips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem 1.6rem; }
+.strip div { display: grid; grid-template-columns: repeat(8, minmax(0, 1fr)); gap: .3rem; margin-top: .25rem; }
+.strip img, .thumb img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: contain;
+  background: rgb(128 128 128 / .12); border: 1px solid var(--line); border-radius: .3rem; }
+.strip.wide { grid-column: 1 / -1; }
+.strip.wide div { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); }
+.list th, .list td { text-align: left; max-width: 28rem; overflow-wrap: anywhere; }
+.list td.thumb { width: 5.5rem; min-width: 4rem; padding: .3rem .5rem; }
+.warning { border-left: .3rem solid var(--bad); padding: .4rem .9rem; background: var(--card); }
 .sheet { max-width: 100%; height: auto; border-radius: .5rem; }
 @media (max-width: 30rem) { .facts:has(.facts) { grid-template-columns: 1fr; }
-  .gallery { grid-template-columns: repeat(3, 1fr); } th, td { padding: .3rem .5rem; } }
+  .gallery { grid-template-columns: repeat(3, 1fr); } .strip div { grid-template-columns: repeat(4, 1fr); }
+  th, td { padding: .3rem .5rem; } }
 @media print { .box { max-height: none; } section { break-inside: avoid; } }
 """
 
@@ -126,6 +143,24 @@ def facts(mapping: Mapping) -> str:
         for name, value in mapping.items()
     )
     return f'<dl class="facts">{lines}</dl>' if lines else '<p class="note">none</p>'
+
+
+def table(columns: list[str], rows: list[str], kind: str = "") -> str:
+    """Column names, which are escaped, and rows of HTML (`<tr>...</tr>`) -> a table that scrolls in its box.
+
+    kind: its class in STYLE; list: of text rather than numbers.
+    """
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in columns)
+    return boxed(f"<tr>{head}</tr>", rows, kind)
+
+
+def boxed(head: str, rows: list[str], kind: str = "") -> str:
+    """The same with the head as HTML too."""
+    # tabindex: what scrolls must be within a keyboard's reach.
+    return (
+        f'<div class="box" tabindex="0"><table class="{kind}"><thead>{head}</thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def shown(value: object) -> str:

@@ -1,12 +1,13 @@
-"""Pictures of pictures: a grid of images as one array, an array as PNG bytes."""
+"""Pictures of pictures: a grid of images as one array, an array as PNG bytes, an image inside a page."""
 
+import base64
 import io
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.evaluation.markup import printable
+from pipeline.evaluation.markup import escaped, printable
 
 PAPER, INK = 255, (40, 40, 48)
 
@@ -23,6 +24,26 @@ def png(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array).save(file, "PNG")
     return file.getvalue()
+
+
+def data_url(pixels: np.ndarray, form: str = "png") -> str:
+    """What `png` takes as the `src` of an image; form jpeg: a third of the bytes for a photo, (h, w) or (h, w, 3)."""
+    data = png(np.ascontiguousarray(pixels)) if form == "png" else _jpeg(pixels)
+    return f"data:image/{form};base64," + base64.b64encode(data).decode()
+
+
+def inline(pixels: np.ndarray, alt: str, kind: str, form: str = "png") -> str:
+    """An array as `data_url` takes it -> an <img> that carries its own bytes. kind: its class in the page's style."""
+    high, wide = pixels.shape[:2]
+    size = f'width="{wide}" height="{high}"'
+    return f'<img class="{kind}" {size} src="{data_url(pixels, form)}" alt="{escaped(alt)}">'
+
+
+def thumbnail(image: np.ndarray, alt: str, side: int = 112) -> str:
+    """An image as `rgb` takes it, its longer side at most `side` px -> an <img>; a few kB, so a page holds hundreds."""
+    pixels = fit(rgb(image), side)
+    # Few pixels are magnified, and should then look like pixels; a photo should not.
+    return inline(pixels, alt, "pixels", "png") if max(pixels.shape) <= 64 else inline(pixels, alt, "photo", "jpeg")
 
 
 def grid(
@@ -85,6 +106,12 @@ def fit(image: np.ndarray, side: int, magnify: bool = False) -> np.ndarray:
         return image.repeat(times, axis=0).repeat(times, axis=1)
     high, wide = (max(1, round(length * side / longest)) for length in image.shape[:2])
     return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((wide, high), Image.Resampling.LANCZOS))
+
+
+def _jpeg(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def _lettered(sheet: np.ndarray, labels: list[str], corners: list, width: int, size: int) -> np.ndarray:

@@ -5,13 +5,11 @@
 No fragment has a script or reaches for the network, and every name a user chose is escaped.
 """
 
-import base64
-
 import numpy as np
 
 from pipeline.evaluation.curves import curves
-from pipeline.evaluation.markup import escaped, facts, headline, page, shown
-from pipeline.evaluation.pictures import fit, grid, png, rgb
+from pipeline.evaluation.markup import boxed, escaped, facts, headline, page, shown, table
+from pipeline.evaluation.pictures import data_url, fit, grid, inline, png, rgb
 
 __all__ = [
     "confusion_matrix",
@@ -54,7 +52,7 @@ def confusion_matrix(matrix: list[list[int]] | np.ndarray, classes: list[str]) -
     size = f' style="width:{len(classes)}px;max-width:none"' if len(classes) > 576 else ""
     wrong = int(counts.sum() - counts.trace())
     alt = f"Confusion matrix of {len(classes)} classes, {wrong:,} of {int(counts.sum()):,} samples off the diagonal"
-    picture = f'<div class="box"><img class="heat pixels"{size} src="{_data(heat)}" alt="{alt}"></div>'
+    picture = f'<div class="box"><img class="heat pixels"{size} src="{data_url(heat)}" alt="{alt}"></div>'
     return note + picture + "<h3>Most confused</h3>" + _confused_pairs(counts, share, classes)
 
 
@@ -71,7 +69,7 @@ def _numbered(counts: np.ndarray, share: np.ndarray, classes: list[str]) -> str:
             cells.append(f'<td class="{tone}" style="background:{colour}" title="{hint}">{count:,}</td>')
         rows.append(f'<tr><th scope="row">{escaped(name)}</th>{"".join(cells)}</tr>')
     corner = "<th>true ↓ predicted →</th>"
-    return _table(f"<tr>{corner}{head}</tr>", rows, "confusion")
+    return boxed(f"<tr>{corner}{head}</tr>", rows, "confusion")
 
 
 def _confused_pairs(counts: np.ndarray, share: np.ndarray, classes: list[str]) -> str:
@@ -85,13 +83,12 @@ def _confused_pairs(counts: np.ndarray, share: np.ndarray, classes: list[str]) -
     ]
     if not rows:
         return '<p class="note">No sample was confused.</p>'
-    names = ("true", "predicted", "samples", "of the true class")
-    return _table("<tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr>", rows)
+    return table(["true", "predicted", "samples", "of the true class"], rows)
 
 
-def per_class(table: list[dict]) -> str:
+def per_class(scores: list[dict]) -> str:
     """`score(...)["per_class"]` -> a table, the lowest F1 first, classes without one last."""
-    ordered = sorted(table, key=lambda row: (row["f1"] is None, row["f1"] or 0.0))
+    ordered = sorted(scores, key=lambda row: (row["f1"] is None, row["f1"] or 0.0))
     rows = [
         f'<tr><td class="name">{escaped(row["name"])}</td>'
         + "".join(f"<td>{_rate(row[column])}</td>" for column in ("precision", "recall", "f1"))
@@ -99,8 +96,7 @@ def per_class(table: list[dict]) -> str:
         + f"<td>{shown(row['support'])}</td></tr>"
         for row in ordered
     ]
-    names = ("class", "precision", "recall", "F1", "", "samples")
-    return _table("<tr>" + "".join(f'<th scope="col">{name}</th>' for name in names) + "</tr>", rows)
+    return table(["class", "precision", "recall", "F1", "", "samples"], rows)
 
 
 def sample_predictions(
@@ -133,7 +129,7 @@ def sample_predictions(
             pixels = fit(rgb(images[n]), THUMBNAIL)
             # Few pixels are magnified, and should then look like pixels; a photo should not.
             look = "pixels" if max(pixels.shape) <= 64 else "photo"
-            image = _img(pixels, f"true {true}, predicted {answer}", look)
+            image = inline(pixels, f"true {true}, predicted {answer}", look)
             caption = f"<b>{escaped(f'{true} → {answer}')}</b> <small>{confidence[n]:.1%}</small>"
             figures.append(f'<figure class="{kind}">{image}<figcaption>{caption}</figcaption></figure>')
         body = f'<div class="gallery">{"".join(figures)}</div>' if figures else '<p class="note">None among these.</p>'
@@ -146,26 +142,9 @@ def image_grid(images: list[np.ndarray], caption: str, columns: int | None = Non
     """Images as `grid` takes them, in one picture with a caption. Raises ValueError as `grid` does."""
     side = max((max(np.shape(image)[:2], default=1) for image in images), default=1)
     cell = side * max(1, 64 // max(side, 1))
-    figure = _img(grid(images, columns, cell=cell), caption, "sheet pixels" if side <= 64 else "sheet")
+    figure = inline(grid(images, columns, cell=cell), caption, "sheet pixels" if side <= 64 else "sheet")
     return f"<figure>{figure}<figcaption>{escaped(caption)}</figcaption></figure>"
-
-
-def _table(head: str, rows: list[str], kind: str = "") -> str:
-    # tabindex: what scrolls must be within a keyboard's reach.
-    return (
-        f'<div class="box" tabindex="0"><table class="{kind}"><thead>{head}</thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
 
 
 def _rate(value: float | None) -> str:
     return "—" if value is None else f"{value:.3f}"
-
-
-def _img(pixels: np.ndarray, alt: str, kind: str) -> str:
-    high, wide = pixels.shape[:2]
-    return f'<img class="{kind}" width="{wide}" height="{high}" src="{_data(pixels)}" alt="{escaped(alt)}">'
-
-
-def _data(pixels: np.ndarray) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(np.ascontiguousarray(pixels))).decode()

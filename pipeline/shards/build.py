@@ -1,13 +1,14 @@
 """Raw images -> a finished dataset, by any number of workers, killed and run again as often as it takes.
 
-    list -> plan -> [shard not yet done -> read, encode, write tar, write its record] -> index -> dataset.json
+    list -> compare with what stands -> plan -> [read, encode, write tar, write its record] -> index -> dataset.json
 
 One task makes one shard, from nothing but its plan, so that who runs it cannot show. A shard's record, written after
-its tar, is what says that it stands; records lie in OUT/.build with the job they belong to, and go when dataset.json
-is in place. What is left in OUT depends on source, recipe and seed alone.
+its tar, is what says that it stands; records lie in OUT/.build with the listing they belong to, and go when
+dataset.json is in place. What is left in OUT depends on source, recipe and seed alone.
+
+On a finished dataset the same command adds what the source has got since, as a generation of its own.
 """
 
-import json
 import logging
 import pickle
 import time
@@ -18,181 +19,201 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import lease, sources, storage
-from pipeline.shards import index, shard
-from pipeline.shards.plan import Recipe, ShardPlan, fingerprint, plan
-from pipeline.shards.shard import WORK, Job
+from pipeline.shards import changes, index, prune, sidecars, split, work
+from pipeline.shards.generation import Building, Progress, Task, TooManyRejects, fingerprint, make
+from pipeline.shards.plan import Recipe, ShardPlan, key_bits, plan
+from pipeline.shards.shard import WORK, Outcome
 from pipeline.sources.listing import Listing
 
+__all__ = ["TooManyRejects", "build", "describe"]
 LEASE = ".lease"
-Progress = Callable[[int, int, int, int], None]  # shards done, shards in all, samples so far, rejects so far
 
 
 def describe(source_uri: str, out: str, recipe: Recipe) -> dict:
-    """What `build` would do, writing nothing: counts by split, classes, format. ValueError as `build` raises it."""
+    """What `build` would do, writing nothing: counts by split of what it would add, classes, what has changed; `done`
+    if there is nothing to do. ValueError as `build` raises it."""
     listing = sources.list_items(source_uri, recipe.labels)
+    dataset, found = _dataset(out, _made_as(source_uri, recipe)), None
+    if dataset:
+        listing = changes.relabelled(listing, dataset.classes)
+        found = changes.compare(dataset.sources(), listing.items)
+    names, new = listing.items["name"], _part(listing, found, recipe)
     splits = {}
-    for each in plan(listing, recipe):
-        split = splits.setdefault(each.split, {"samples": 0, "shards": 0})
-        split["samples"] += len(each.rows)
-        split["shards"] += 1
+    for each in plan(new, recipe) if len(new.items) else ():
+        entry = splits.setdefault(each.split, {"samples": 0, "shards": 0})
+        entry["samples"] += len(each.rows)
+        entry["shards"] += 1
     return {
-        "samples": listing.items.num_rows,
-        "source_bytes": int(listing.items["size"].to_numpy().sum()),
+        "samples": len(new.items),
+        "source_bytes": int(new.items["size"].to_numpy().sum()),
         "classes": list(listing.classes),
         "format": recipe.image(listing.format).format,
         "splits": splits,
-        "done": _finished(out, _identity(source_uri, listing, recipe)) is not None,
+        "changed": {names[row].as_py(): what for row, what in found.changed.items()} if found else {},
+        "vanished": found.vanished if found else [],
+        "done": found is not None and found.nothing and not _left_over(out),
     }
 
 
 def build(
-    source_uri: str, out: str, recipe: Recipe, workers: int, progress: Progress | None = None, waiting=None
+    source_uri: str,
+    out: str,
+    recipe: Recipe,
+    workers: int,
+    progress: Progress | None = None,
+    waiting: Callable[[str], None] | None = None,
+    max_rejects: int | None = None,
+    pruning: bool = False,
+    beside: tuple[str, ...] = (),
 ) -> dict:
-    """Makes the dataset at `out`. workers: Ray tasks at a time (Ray must run already), 0: in this process, no Ray;
-    waiting: called with a line for people while a dead builder's lease on S3 runs out.
+    """Makes the dataset at `out`, or adds to it what the source has got since.
 
-    Returns {samples, rejected, rejects {reason: count}, shards, splits, seconds, skipped (shards found done), done
-    (the whole dataset was)}. Raises ValueError: nothing to shard, or `out` holds another dataset or another build;
-    lease.Held: someone else is building there; StorageError, PermissionError from the stores.
+    workers: Ray tasks at a time (Ray must run already), 0: in this process, no Ray; waiting: called with a line for
+    people while a dead builder's lease on S3 runs out; max_rejects: default the larger of 10 and 1 %, duplicates not
+    counted; pruning: what the source no longer has goes, what changed is replaced, and their bytes with them; beside:
+    kinds of sidecars, of `sidecars.KINDS`.
+
+    Returns {samples, rejected, rejects {reason: count}, shards, splits, generations, seconds, added (samples), skipped
+    (shards found done), vanished (names still in the dataset), pruned (count), done (there was nothing to do)}. Raises
+    ValueError: nothing to shard, `out` holds another dataset or another build, or items changed under their names;
+    TooManyRejects; lease.Held: someone else is building there; StorageError, PermissionError from the stores.
     """
-    start = time.perf_counter()
-    if workers < 0:
-        raise ValueError(f"workers {workers}: 0 (in this process) or more")
-    listing = sources.list_items(source_uri, recipe.labels)
-    identity = _identity(source_uri, listing, recipe)
-    info = _finished(out, identity)
-    if info is not None and not _left_over(out):
-        return _outcome(info, len(info["shards"]), True, start)
+    if workers < 0 or (max_rejects or 0) < 0:
+        raise ValueError(f"workers {workers}, max_rejects {max_rejects}: 0 or more")
+    start, made_as = time.perf_counter(), _made_as(source_uri, recipe)
+    listing, dataset = sources.list_items(source_uri, recipe.labels), _dataset(out, made_as)
+    if dataset and not _left_over(out):
+        found = changes.compare(dataset.sources(), changes.relabelled(listing, dataset.classes).items)
+        if found.nothing and not (pruning and found.vanished) and sidecars.stand(out, dataset.info, beside):
+            return _outcome(dataset.info, start, found.vanished, done=True)
     with lease.claim(storage.join(out, LEASE), "millstream shard", waiting=waiting) as held:
         storage.sweep_partial(out)
-        info, skipped, done = _finished(out, identity), 0, True
-        if info is None:
-            info, skipped = _make(source_uri, out, listing, recipe, identity, workers, progress, held.check)
-            done = False
+        run = _run_ray(workers) if workers else _run_here
+        building = Building(source_uri, out, recipe, max_rejects, run, held.check, progress or (lambda *_: None))
+        if begun := work.read(out, made_as, dataset):
+            make(begun, building)
+            dataset = index.load(out)
+        vanished, gone, found = [], set(), None
+        if dataset:
+            listing = changes.relabelled(listing, dataset.classes)
+            found = _compare(dataset, listing, building)
+            vanished, names = found.vanished, listing.items["name"]
+            if found.changed and not pruning:
+                storage.delete_tree(storage.join(out, WORK))
+                raise ValueError(_why_changed(out, names, found.changed))
+            if pruning and (gone := {*vanished, *(names[row].as_py() for row in found.changed)}):
+                prune.prune(out, dataset, gone, held.check)
+                vanished, dataset = [], index.load(out)
+                found.new[list(found.changed)] = True
+        new = _part(listing, found, recipe)
+        if len(new.items):
+            make(work.begin(out, made_as, new, dataset), building)
+        dataset = index.load(out)
+        prune.clear(out, dataset.info)
+        sidecars.bring(out, dataset, beside)
         storage.delete_tree(storage.join(out, WORK))
         storage.sweep_partial(out)  # again: a killed builder's tasks, still writing when we started, are dead by now
-    return _outcome(info, skipped, done, start)
+    done = not (begun or gone or len(new.items))
+    return _outcome(dataset.info, start, vanished, len(gone), building.added, building.skipped, done)
 
 
-def _outcome(info: dict, skipped: int, done: bool, start: float) -> dict:
+def _outcome(info: dict, start: float, vanished: list[str], pruned=0, added=0, skipped=0, done=False) -> dict:
     splits = {name: {k: split[k] for k in ("samples", "shards")} for name, split in info["splits"].items()}
     counts = {"samples": info["samples"], "rejected": sum(info["rejected"].values()), "rejects": info["rejected"]}
-    shards = {"shards": len(info["shards"]), "splits": splits, "skipped": skipped, "done": done}
-    return {**counts, **shards, "seconds": time.perf_counter() - start}
+    shards = {"shards": len(info["shards"]), "splits": splits, "generations": len(info["generations"])}
+    more = {"added": added, "skipped": len(info["shards"]) if done else skipped, "vanished": vanished, "pruned": pruned}
+    return {**counts, **shards, **more, "done": done, "seconds": time.perf_counter() - start}
 
 
-# ---- what lies at OUT already
+# ---- what lies at OUT already, and what is to be added
 
 
-def _identity(source_uri: str, listing: Listing, recipe: Recipe) -> dict:
-    kind = sources.parse(source_uri)[0].__name__.rpartition(".")[2]
-    source = {"kind": kind, "items": listing.items.num_rows, "fingerprint": fingerprint(listing)}
-    return {"source": source, "recipe": asdict(recipe)}
+def _made_as(source_uri: str, recipe: Recipe) -> dict:
+    return {"kind": sources.parse(source_uri)[0].__name__.rpartition(".")[2], "recipe": asdict(recipe)}
 
 
-def _finished(out: str, identity: dict) -> dict | None:
-    """dataset.json if this very dataset stands at `out`, None if none does. ValueError: another one does."""
+def _dataset(out: str, made_as: dict) -> index.Dataset | None:
+    """The dataset at `out`, None if none stands there. ValueError: it was made otherwise."""
     if not storage.exists(storage.join(out, index.DATASET)):
         return None
-    info = index.load(out).info
-    _same({"source": info["generations"][0]["source"], "recipe": info["recipe"]}, identity, out, "a dataset")
-    return info
-
-
-def _same(there: dict, wanted: dict, out: str, what: str) -> None:
-    if there == wanted:
-        return
-    differences = [
-        f"{part} {name}: {there[part].get(name)} there, {wanted[part].get(name)} asked for"
-        for part in wanted
-        for name in sorted(there[part].keys() | wanted[part].keys())
-        if there[part].get(name) != wanted[part].get(name)
-    ]
-    raise ValueError(f"{out} holds {what} made otherwise ({'; '.join(differences)}): "
-                     "choose another OUT, or delete that one")  # fmt: skip
+    dataset = index.load(out)
+    there = {"kind": dataset.info["generations"][0]["source"]["kind"], "recipe": dataset.info["recipe"]}
+    work.check_same(there, made_as, out, "a dataset")
+    return dataset
 
 
 def _left_over(out: str) -> bool:
-    """Whether a finished build was killed while it cleared up."""
-    return storage.exists(storage.join(out, LEASE)) or storage.exists(_job_path(out))
+    """Whether a build was killed here: before it was done, or while it cleared up."""
+    return any(storage.exists(storage.join(out, name)) for name in (LEASE, work.JOB))
 
 
-def _job_path(out: str) -> str:
-    return storage.join(out, WORK, "job.json")
+def _compare(dataset: index.Dataset, listing: Listing, building: Building) -> changes.Changes:
+    """What changed, items of which only the tags differ read and hashed."""
+    earlier = dataset.sources()
+    found = changes.compare(earlier, listing.items)
+    if len(found.doubtful):
+        doubtful = listing.items.take(found.doubtful)
+        hashes, _ = fingerprint(Listing(doubtful, listing.classes, listing.format), building, near=False)
+        other = changes.content_changed(earlier, doubtful, hashes)
+        found.changed.update({int(found.doubtful[i]): what for i, what in other.items()})
+    return found
 
 
-def _open(out: str, identity: dict) -> None:
-    """Writes down what is being built at `out`, or finds that written. ValueError: something else lies there."""
-    try:
-        _same(json.loads(storage.read(_job_path(out))), identity, out, "an unfinished build")
-    except FileNotFoundError:
-        strangers = [file.path for file in storage.list_files(out) if not file.path.startswith(".")]
-        if strangers:
-            raise ValueError(f"{out} holds files that are no dataset ({strangers[0]}): choose an empty OUT") from None
-        storage.write(_job_path(out), json.dumps(identity, indent=1).encode())
+def _why_changed(out: str, names: pa.ChunkedArray, changed: dict[int, str]) -> str:
+    shown = "; ".join(f"{names[row].as_py()!r}: {changed[row]}" for row in sorted(changed)[:5])
+    more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return (f"{len(changed)} items of the source are not what {out} was made of ({shown}{more}): --prune replaces "
+            "them, or choose another OUT, or give new content a new name")  # fmt: skip
 
 
-# ---- making it
+def _part(listing: Listing, found: changes.Changes | None, recipe: Recipe) -> Listing:
+    """What is to be added: of a dataset that stands, the new items, in the splits that the whole source gives them."""
+    if found is None:
+        return listing
+    items = split.resolved(listing.items, key_bits(listing.items["name"]), recipe.val_fraction)
+    return Listing(items.filter(pa.array(found.new)), listing.classes, listing.format)
 
 
-def _make(uri, out, listing: Listing, recipe, identity, workers, progress, still_ours) -> tuple[dict, int]:
-    """Returns (what dataset.json holds, number of shards found done)."""
-    plans = plan(listing, recipe)
-    _open(out, identity)
-    job = Job(uri, out, recipe.image(listing.format), index.digest(identity))
-    done = shard.standing(job)
-    todo = [each for each in plans if each.name not in done]
-    finished, samples, rejected = len(done), *(sum(counts[i] for counts in done.values()) for i in (0, 1))
-    made = _run_here(job, todo, listing.items) if workers == 0 else _run_ray(job, todo, listing.items, workers)
-    if progress:
-        progress(finished, len(plans), samples, rejected)
-    for more, failed in made:
-        still_ours()
-        finished, samples, rejected = finished + 1, samples + more, rejected + failed
-        if progress:
-            progress(finished, len(plans), samples, rejected)
-    still_ours()
-    records = (shard.read_record(job, each.name) for each in plans)
-    made_of = (job.image.format, identity["recipe"], identity["source"])
-    try:
-        return index.commit(out, records, listing.classes, *made_of), len(done)
-    except ValueError:  # not one sample: nothing here is worth a rerun, and it would refuse a mended source
-        storage.delete_tree(storage.join(out, WORK))
-        raise
+# ---- who runs the tasks
 
 
-def _run_here(job: Job, plans: list[ShardPlan], items: pa.Table) -> Iterator[tuple[int, int]]:
+def _run_here(task: Task, plans: list[ShardPlan], items: pa.Table) -> Iterator[tuple[str, Outcome]]:
     for each in plans:
-        yield shard.write(job, each.name, each.split, items.take(each.rows))
+        yield each.name, task(each.name, each.split, items.take(each.rows))
 
 
-def _run_ray(job: Job, plans: list[ShardPlan], items: pa.Table, workers: int) -> Iterator[tuple[int, int]]:
-    """One block, one task, one shard; yields each shard's counts as it is done, in any order."""
-    if not plans:
-        return
-    import cv2
-    import ray
+def _run_ray(workers: int) -> Callable[..., Iterator[tuple[str, Outcome]]]:
+    """The same by Ray Data: one block, one task, one plan; as each is done, in any order."""
 
-    shared = ray.put(items)  # once on each node, read there without copying
+    def run(task: Task, plans: list[ShardPlan], items: pa.Table) -> Iterator[tuple[str, Outcome]]:
+        if not plans:
+            return
+        import cv2
+        import ray
 
-    def work(row: dict) -> dict:
-        cv2.setNumThreads(1)  # a task has one core
-        part = ray.get(shared).take(np.frombuffer(row["rows"], dtype=np.int64))
-        try:
-            samples, rejected = shard.write(job, row["name"], row["split"], part)
-        except Exception as error:  # carried home: Ray Data would log it twice, wrap it and lose the file's name
-            return {"samples": 0, "rejected": 0, "error": pickle.dumps(error)}
-        return {"samples": samples, "rejected": rejected, "error": b""}
+        shared = ray.put(items)  # once on each node, read there without copying
 
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    context.op_resource_reservation_enabled = False  # it keeps half the CPUs back for operators that are not there
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the rest is noise beside a progress bar
-    rows = [{"name": each.name, "split": each.split, "rows": each.rows.tobytes()} for each in plans]
-    with ray.data.DataContext.current(context):
-        pool = ray.data.TaskPoolStrategy(size=workers)
-        tasks = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, compute=pool)
-    for made in tasks.iter_rows():
-        if made["error"]:
-            raise pickle.loads(made["error"])
-        yield made["samples"], made["rejected"]
+        def work(row: dict) -> dict:
+            cv2.setNumThreads(1)  # a task has one core
+            part = ray.get(shared).take(np.frombuffer(row["rows"], dtype=np.int64))
+            try:
+                result = task(row["name"], row["split"], part)
+            except Exception as error:  # carried home: Ray Data would log it twice, wrap it and lose the file's name
+                result = error
+            return {"name": row["name"], "result": pickle.dumps(result)}
+
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = context.print_on_execution_start = False
+        context.op_resource_reservation_enabled = False  # it keeps half the CPUs back for operators that are not there
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # the rest is noise beside a progress bar
+        rows = [{"name": each.name, "split": each.split, "rows": each.rows.tobytes()} for each in plans]
+        with ray.data.DataContext.current(context):
+            pool = ray.data.TaskPoolStrategy(size=workers)
+            made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, compute=pool)
+        for row in made.iter_rows():
+            result = pickle.loads(row["result"])
+            if isinstance(result, Exception):
+                raise result
+            yield row["name"], result
+
+    return run

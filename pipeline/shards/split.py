@@ -30,3 +30,11 @@ def assign(named: pa.ChunkedArray, key_bits: np.ndarray, val_fraction: float) ->
         held_out = of_keys(key_bits[rows["train"]], val_fraction)
         rows["train"], rows["val"] = rows["train"][~held_out], rows["train"][held_out]
     return {name: rows[name] for name in sorted(rows) if len(rows[name])}
+
+
+def resolved(items: pa.Table, key_bits: np.ndarray, val_fraction: float) -> pa.Table:
+    """`items` with a split for each, as `assign` gives it: a part of them then keeps the splits of the whole."""
+    names = np.empty(len(items), object)
+    for name, rows in assign(items["split"], key_bits, val_fraction).items():
+        names[rows] = name
+    return items.set_column(items.column_names.index("split"), "split", pa.array(names, pa.string()))

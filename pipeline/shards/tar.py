@@ -69,6 +69,18 @@ def write_shard(path: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> W
     return Written(position + len(end), digest.hexdigest(), offsets)
 
 
+def laid_out(sizes: Iterable[dict[str, int]]) -> list[dict[str, tuple[int, int]]]:
+    """Where `write_shard` puts members of these sizes, {extension: bytes}: {extension: (offset, size)} a sample."""
+    samples, position = [], 0
+    for members in sizes:
+        where = {}
+        for extension in sorted(members):
+            where[extension] = (position + BLOCK, members[extension])
+            position += BLOCK + members[extension] + -members[extension] % BLOCK
+        samples.append(where)
+    return samples
+
+
 def read_sample(path: str, offset: int, size: int) -> bytes:
     """One payload, by one ranged read."""
     return storage.read_range(path, offset, offset + size)
@@ -87,8 +99,8 @@ class Sample:
     facts: dict
 
 
-def scan(path: str) -> Iterator[Sample]:
-    """Reads a finished shard from end to end. ValueError: damaged, or not a shard of ours."""
+def read_shard(path: str) -> Iterator[tuple[str, dict[str, tuple[int, int, bytes]]]]:
+    """(key, {extension: (offset, size, payload)}) of each sample, from end to end. ValueError: it is damaged."""
     filesystem, inside = storage.filesystem(path)
     held: dict[str, tuple[int, int, bytes]] = {}
     current = None
@@ -98,14 +110,19 @@ def scan(path: str) -> Iterator[Sample]:
                 for member in archive:
                     key, _, extension = member.name.partition(".")
                     if key != current and held:
-                        yield _sample(path, current, held)
+                        yield current, held
                         held = {}
                     current = key
                     held[extension] = (member.offset_data, member.size, archive.extractfile(member).read())
         except tarfile.TarError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
     if held:
-        yield _sample(path, current, held)
+        yield current, held
+
+
+def scan(path: str) -> Iterator[Sample]:
+    """Reads a finished shard from end to end. ValueError: damaged, or not a shard of ours."""
+    return (_sample(path, key, members) for key, members in read_shard(path))
 
 
 def _sample(path: str, key: str, members: dict[str, tuple[int, int, bytes]]) -> Sample:

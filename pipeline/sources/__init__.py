@@ -1,8 +1,10 @@
 """Where raw images come from. A source is a module with two functions, and a row in SOURCES:
 
     list_items(path, labels) -> Listing        everything it has, sorted by name; labels: "auto" or "none"
-    read_items(path, names) -> iterator        one of each name, in order: the bytes of an image file; or pixels, uint8
-                                               (h, w, c); or the OSError that kept this one item from being read
+    read_items(path, items) -> iterator        for each row of `items` (rows of that listing), in order: (raw, beside);
+                                               raw: the bytes of an image file; or pixels, uint8 (h, w, c); or the
+                                               OSError that kept this one item from being read; beside: {extension:
+                                               bytes} of what the source holds about it (captions, masks)
 
 Anything that would keep every item from being read (the store does not answer) is raised instead.
 """
@@ -11,13 +13,13 @@ import difflib
 from collections.abc import Iterator
 from types import ModuleType
 
-import numpy as np
+import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources import digits, folder, idx
-from pipeline.sources.listing import Listing
+from pipeline.sources import digits, folder, idx, imagenet, tables, tars
+from pipeline.sources.listing import Item, Listing
 
-SOURCES = {"folder": folder, "idx": idx, "digits": digits}
+SOURCES = {"folder": folder, "imagenet": imagenet, "tars": tars, "table": tables, "idx": idx, "digits": digits}
 
 
 def parse(uri: str) -> tuple[ModuleType, str]:
@@ -41,7 +43,7 @@ def list_items(uri: str, labels: str = "auto") -> Listing:
     return source.list_items(path, labels)
 
 
-def read_items(uri: str, names: list[str]) -> Iterator[bytes | np.ndarray | OSError]:
-    """The items of these names, in their order; see the module's docstring."""
+def read_items(uri: str, items: pa.Table) -> Iterator[Item]:
+    """These rows of the source's listing, in their order; see the module's docstring."""
     source, path = parse(uri)
-    return source.read_items(path, names)
+    return source.read_items(path, items)

@@ -5,8 +5,9 @@ from functools import lru_cache
 
 import cv2
 import numpy as np
+import pyarrow as pa
 
-from pipeline.sources.listing import Listing
+from pipeline.sources.listing import Item, Listing
 
 SIDE = 32
 
@@ -38,8 +39,8 @@ def list_items(path: str, labels: str) -> Listing:
     return Listing.of(columns, [str(digit) for digit in range(10)] if labels == "auto" else (), "png")
 
 
-def read_items(path: str, names: list[str]) -> Iterator[np.ndarray]:
+def read_items(path: str, items: pa.Table) -> Iterator[Item]:
     """Pixels, uint8 (32, 32, 1)."""
     images, _ = digit_images()
-    for name in names:
-        yield images[int(name)]
+    for name in items["name"].to_pylist():
+        yield images[int(name)], {}

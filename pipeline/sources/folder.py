@@ -11,11 +11,12 @@ import os
 import re
 from collections.abc import Iterator
 
+import pyarrow as pa
+
 from pipeline import storage
-from pipeline.sources.listing import Listing
+from pipeline.sources.listing import LOCAL_READERS, READERS, SPLITS, Item, Listing, ahead
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm"})
-SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _SPELLED = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
@@ -61,17 +62,24 @@ def _has_splits(path: str, parts: list[list[str]], labels: str) -> bool:
     return not others
 
 
-def read_items(path: str, names: list[str]) -> Iterator[bytes | OSError]:
+def read_items(path: str, items: pa.Table) -> Iterator[Item]:
     """Each file's bytes, or why this one cannot be read (gone, forbidden). StorageError: the store fails."""
-    for name in names:
-        try:
-            yield _read(path, name)
-        except (FileNotFoundError, IsADirectoryError) as error:
-            yield error
-        except PermissionError as error:
-            if storage.is_remote(path):
-                raise  # wrong credentials: no item can be read, and rejecting them all would hide it
-            yield error
+    names, sizes = items["name"].to_pylist(), items["size"].to_pylist()
+    threads = READERS if storage.is_remote(path) else LOCAL_READERS
+    for raw in ahead(lambda i: read_file(path, names[i]), sizes, threads):
+        yield raw, {}
+
+
+def read_file(path: str, name: str) -> bytes | OSError:
+    """The file `name` below `path`; an error of this one file is returned, one of the whole store is raised."""
+    try:
+        return _read(path, name)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        return error
+    except PermissionError as error:
+        if storage.is_remote(path):
+            raise  # wrong credentials: no item can be read, and rejecting them all would hide it
+        return error
 
 
 def _read(path: str, name: str) -> bytes:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.listing import Listing
+from pipeline.sources.listing import Item, Listing
 
 SPLITS = {"train": "train", "t10k": "test"}  # file prefix -> split
 
@@ -36,12 +37,12 @@ def list_items(path: str, labels: str) -> Listing:
     return Listing.of(columns, classes, "png")
 
 
-def read_items(path: str, names: list[str]) -> Iterator[np.ndarray]:
+def read_items(path: str, items: pa.Table) -> Iterator[Item]:
     """Pixels, uint8 (h, w, 1)."""
     found = _find(path)
-    for name in names:
+    for name in items["name"].to_pylist():
         split, _, number = name.partition("/")
-        yield _array(path, found[split, "images"], 3)[int(number), :, :, None]
+        yield _array(path, found[split, "images"], 3)[int(number), :, :, None], {}
 
 
 def _find(path: str) -> dict[tuple[str, str], storage.File]:
