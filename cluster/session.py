@@ -64,6 +64,9 @@ def _on_cluster(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
+        if "InvalidAuthToken" in f"{error} {error.__cause__} {error.__context__}":
+            wanted = "set RAY_AUTH_TOKEN to its token (or RAY_AUTH_MODE=disabled if it has none)"
+            raise ValueError(f"the Ray at {address!r} refuses our token: {wanted}") from None
         raise ValueError(f"no Ray answers at {address!r}: {str(error).splitlines()[0]}") from None
     except SystemExit:  # what Ray does after minutes of asking in vain
         raise ValueError(f"no Ray answers at {address!r}") from None

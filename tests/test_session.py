@@ -75,8 +75,9 @@ def stale(tmp_path_factory):
         "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     process = subprocess.Popen(
-        command, env=plain_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+        command, env=plain_environment(RAY_AUTH_MODE="disabled"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         wait_for(lambda: answers(port) and list(short.glob("session_latest/sockets/raylet*")), 60, "stale Ray")
         yield f"127.0.0.1:{port}"
@@ -120,6 +121,25 @@ def test_a_stale_ray_is_neither_picked_up_nor_disturbed_and_is_used_when_asked_f
         assert address.rpartition(":")[2] == stale.rpartition(":")[2]  # Ray prefers the machine's own address
         process.communicate("\n", timeout=60)
     assert answers(int(stale.rpartition(":")[2]))
+
+
+@pytest.mark.slow  # Ray itself tries for twenty seconds
+def test_a_ray_with_another_token_is_told_from_one_that_does_not_answer():
+    """A Ray's own default is a token in the home folder, which other machines and users do not have."""
+    with verb() as (_, _, address, _):  # has a token that only it knows
+        program = f"""
+from cluster.session import ray_session
+try:
+    with ray_session(1, {address!r}):
+        print("a Ray")
+except ValueError as error:
+    print(error)
+"""
+        environment = plain_environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=100, check=False)
+        assert "RAY_AUTH_TOKEN" in done.stdout
+        assert done.returncode == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
