@@ -1,4 +1,4 @@
-"""What a dataset holds: in words for `inspect`, and on one page that opens anywhere for `inspect --html`."""
+"""What a dataset holds, on one page that opens anywhere: what `inspect --html` writes."""
 
 import io
 from collections import Counter
@@ -9,15 +9,15 @@ import pyarrow.compute as pc
 from PIL import Image, ImageFile
 from rich.filesize import decimal
 
+from jobs.dataset_words import MEASURES, measured, mixing_warning, present_sidecars, shard_facts
 from jobs.report_page import Sections, dataset_facts, images_of
 from pipeline import sources, storage
 from pipeline.evaluation import histograms, report
 from pipeline.evaluation.markup import escaped, facts, table
 from pipeline.evaluation.pictures import rgb, thumbnail
-from pipeline.shards import index, sidecars
-from pipeline.shards.image import FORMATS
+from pipeline.shards import index
+from pipeline.shards.picture import FORMATS
 
-MEASURES = {"short_side": "short side in px", "aspect": "width / height"}  # histograms of dataset.json, in words
 SHOWN_CLASSES, OF_EACH, SHOWN_REJECTS = 100, 8, 200  # 1,000 thumbnails of a few kB
 _ELSEWHERE = {"samples", "splits", "classes", "rejected", "bytes", "source"}  # facts this page has in other places
 _READABLE = 64 << 20  # bytes of a reject, and its pixels; a thumbnail is not worth more
@@ -44,61 +44,6 @@ def page(dataset: index.Dataset, rejects: list[dict], mixed: dict[str, dict | No
         ("Recipe", facts(info["recipe"])),
     ]
     return report.page(f"Dataset {storage.name(dataset.root)}", "What it holds, and what was left out", sections)
-
-
-# ---- in words
-
-
-def shard_facts(info: dict) -> dict:
-    """How many shards there are, and how large."""
-    sizes = sorted(shard["bytes"] for shard in info["shards"])
-    samples = [shard["samples"] for shard in info["shards"]]
-    return {
-        "shards": len(sizes),
-        "size": f"{decimal(sizes[0])} to {decimal(sizes[-1])}, median {decimal(sizes[len(sizes) // 2])}",
-        "samples in each": f"{min(samples):,} to {max(samples):,}",
-    }
-
-
-def present_sidecars(dataset: index.Dataset) -> list[str]:
-    """The kinds of sidecars that lie beside the shards, and how many of their files if some are missing."""
-    there, found = {file.path for file in storage.list_files(dataset.root)}, []
-    for kind in sidecars.KINDS:
-        wanted = sidecars.names(dataset.info, [kind])
-        if present := len(there.intersection(wanted)):
-            found.append(kind if present == len(wanted) else f"{kind} ({present:,} of {len(wanted):,} files)")
-    return found
-
-
-def measured(dataset: index.Dataset) -> dict[str, str]:
-    """{each name of MEASURES: what is usual among the stored images, in words}."""
-    splits, found = [dataset.split(name) for name in dataset.info["splits"]], {}
-    width, height = (np.concatenate([getattr(split, side) for split in splits]) for side in ("width", "height"))
-    for name, values in (("short_side", np.minimum(width, height)), ("aspect", width / height)):
-        low, middle, high = (f"{v:.4g}" for v in np.percentile(values, (5, 50, 95), method="nearest"))
-        found[name] = f"median {middle}, nine in ten from {low} to {high}" if low != high else f"nine in ten are {low}"
-    return found
-
-
-def mixing_line(mixed: dict | None) -> str:
-    """`mixing` of one split."""
-    if mixed is None:
-        return "no labels"
-    return (
-        f"{mixed['entropy']:.3f} bits in a shard, {mixed['entropy_ratio']:.4f} of random; "
-        f"{mixed['adjacent']:.2%} of neighbours of one class, {mixed['adjacent_ratio']:.3f} of random "
-        f"(chance alone: ± {mixed['adjacent_noise']:.3f})"
-    )
-
-
-def mixing_warning(split: str, mixed: dict | None) -> str:
-    """What to do where a split is not mixed, "" where it is."""
-    if mixed is None or mixed["mixed"]:
-        return ""
-    return (
-        f"{split} is sorted by class rather than mixed: readers that shuffle little see runs of one class. "
-        "Shard it anew as a whole, with shuffling on."
-    )
 
 
 # ---- what it holds
@@ -190,7 +135,7 @@ def _rejects(rejects: list[dict], pictures: dict[str, np.ndarray]) -> str:
             )
             + f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
         )
-    columns = ["source", *(["what is left"] if pictures else []), "split", "reason", "detail"]
+    columns = ["source", *(["picture"] if pictures else []), "split", "reason", "detail"]
     reasons = dict(Counter(reject["reason"] for reject in rejects).most_common())
     more = len(rejects) > SHOWN_REJECTS
     note = f'<p class="note">The first {SHOWN_REJECTS} of {len(rejects):,}.</p>' if more else "<p></p>"

@@ -6,13 +6,12 @@ from typing import Annotated
 import numpy as np
 import tyro
 from rich.filesize import decimal
-from rich.table import Table
 
-from jobs import dataset_page
+from jobs import dataset_page, dataset_words
 from jobs.command import absolute, absolute_source, console, execute, parse, say
-from jobs.report_page import dataset_facts, images_of
+from jobs.report_page import images_of
 from pipeline import storage
-from pipeline.evaluation import histograms, report
+from pipeline.evaluation import report
 from pipeline.shards import index
 from pipeline.shards.mixing import mixing
 
@@ -43,10 +42,9 @@ def run(args: Args) -> dict:
     rejects = dataset.rejects().to_pylist()
     splits = {name: dataset.split(name) for name in dataset.info["splits"]}
     mixed = {name: mixing(split.label, split.counts) for name, split in splits.items()}
-    _say_counts(args.dataset, dataset)
-    _say_images(dataset)
-    _say_rejects(dataset.info, rejects)
-    _say_shards(dataset, mixed)
+    console.print(dataset_words.counts(args.dataset, dataset), markup=False)
+    for line in dataset_words.lines(dataset, rejects, mixed):
+        say(line)
     if args.preview:
         _preview(dataset, absolute(args.preview), args.n)
         say(f"preview: {args.preview}")
@@ -55,57 +53,6 @@ def run(args: Args) -> dict:
         storage.write(absolute(args.html), page.encode())
         say(f"page: {args.html} ({decimal(len(page))})")
     return dataset.info | {"rejects": rejects, "mixing": mixed}
-
-
-def _say_counts(title: str, dataset: index.Dataset) -> None:
-    splits, classes = dataset.info["splits"], dataset.classes
-    table = Table("", *splits, "all", title=title, box=None, title_justify="left")
-    listed = range(len(classes)) if len(classes) <= histograms.LISTED_CLASSES else ()
-    rows = [(name, [split[name] for split in splits.values()]) for name in ("samples", "shards")]
-    rows += [(f"  {classes[label]}", [split["classes"][label] for split in splits.values()]) for label in listed]
-    for name, numbers in rows:
-        table.add_row(name, *(f"{n:,}" for n in [*numbers, sum(numbers)]))
-    console.print(table, markup=False)
-    if classes and not listed:
-        sizes = np.sum([split["classes"] for split in splits.values()], axis=0)
-        order = np.argsort(sizes, kind="stable")
-        few, many = (f"{classes[label]} {sizes[label]:,}" for label in (order[0], order[-1]))
-        say(f"classes: {len(classes):,}; smallest {few}, median {np.median(sizes):,.0f}, largest {many}")
-
-
-def _say_images(dataset: index.Dataset) -> None:
-    info, facts = dataset.info, dataset_facts(dataset)
-    say(f"images: {facts['images']}")
-    if "bytes" in info:
-        source, stored = info["bytes"]["source"], info["bytes"]["stored"]
-        say(f"bytes: {decimal(source)} of source -> {decimal(stored)} stored, {stored / max(source, 1):.2f} of it")
-    for name, says in dataset_page.measured(dataset).items():
-        drawn = info.get("histograms", {}).get(name)
-        line = histograms.sparkline(drawn["edges"], drawn["counts"]) if drawn else ""
-        say(f"{dataset_page.MEASURES[name]}: {says}  {line}".rstrip())
-    if info.get("passed") or info.get("animated"):
-        say(f"passed through unchanged: {info.get('passed', 0):,}; animated: {info.get('animated', 0):,}")
-
-
-def _say_rejects(info: dict, rejects: list[dict]) -> None:
-    reasons = ", ".join(f"{reason} {count:,}" for reason, count in info["rejected"].items())
-    say(f"rejects: {len(rejects):,}" + (f" ({reasons})" if reasons else ""))
-    for reject in rejects[:20]:
-        say(f"rejected: {reject['source']}: {reject['reason']} ({reject['detail']})")
-    if len(rejects) > 20:
-        say(f"... and {len(rejects) - 20} more: --json lists them all")
-
-
-def _say_shards(dataset: index.Dataset, mixed: dict[str, dict | None]) -> None:
-    shards = dataset_page.shard_facts(dataset.info)
-    say(f"shards: {shards['shards']:,} of {shards['samples in each']} samples, {shards['size']}")
-    for g in dataset.info["generations"]:
-        say(f"generation {g['generation']}: {g['samples']:,} samples of {g['source']['items']:,} items")
-    say(f"sidecars: {', '.join(dataset_page.present_sidecars(dataset)) or 'none'}")
-    for split, of_split in mixed.items():
-        say(f"mixing of {split}: {dataset_page.mixing_line(of_split)}")
-        if warning := dataset_page.mixing_warning(split, of_split):
-            say(f"warning: {warning}")
 
 
 def _preview(dataset: index.Dataset, out: str, n: int) -> None:

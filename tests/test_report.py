@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.evaluation import report
+from pipeline.evaluation import histograms, report
+from pipeline.evaluation import pictures as pictures_
 from pipeline.evaluation.classification import score
 
 ROOT = Path(__file__).parent.parent
@@ -343,3 +344,67 @@ def test_labels_are_drawn_under_their_cells_and_never_over_an_image():
 def test_what_no_grid_can_hold_is_refused(images, options, says):
     with pytest.raises(ValueError, match=says):
         report.grid(images, **options)
+
+
+def test_a_histogram_draws_what_was_counted_and_cuts_what_is_empty():
+    markup = Markup(histograms.histogram([0, 1, 2, 4, 8, 16], [0, 5, 0, 10, 0], NASTY[0], "says <b>"))
+    hints = [bar["title"] for bar in markup.all("i")]
+    assert hints == ["1 to 2: 5", "2 to 4: 0", "4 to 8: 10"]
+    assert [bar["style"] for bar in markup.all("i")] == ["height:50.0%", "height:0.0%", "height:100.0%"]
+    assert NASTY[0] in markup.text
+    assert "says <b>" in markup.text
+    assert markup.text.endswith("1248")
+    (bars,) = (tag for tag in markup.all("div") if tag["class"] == "bars")
+    assert bars["role"] == "img"
+    assert bars["aria-label"]
+
+
+def test_one_in_a_million_is_still_a_bar():
+    markup = Markup(histograms.histogram([0, 1, 2], [1, 1_000_000], "n", ""))
+    assert float(re.search(r"height:([\d.]+)%", markup.all("i")[0]["style"])[1]) >= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 1000), max_size=300), st.integers(1, 70))
+def test_no_count_is_lost_between_the_bars(counts, bars):
+    edges = np.arange(len(counts) + 1)
+    line = histograms.sparkline(edges, counts, bars)
+    held = [n for n, count in enumerate(counts) if count]
+    assert len(line) <= bars
+    assert bool(line.strip()) == bool(held)
+    fragment = Markup(histograms.histogram(edges, counts, "n", ""))
+    if len(set(held)) > 1:
+        shown = [int(bar["title"].split(": ")[1].replace(",", "")) for bar in fragment.all("i")]
+        assert sum(shown) == sum(counts)
+        assert len(shown) <= histograms.BARS
+        assert shown[0]
+        assert shown[-1]
+
+
+def test_edges_that_do_not_fit_the_counts_are_refused():
+    with pytest.raises(ValueError, match="one edge more than bins"):
+        histograms.histogram([0, 1], [1, 2], "n", "")
+
+
+def test_few_classes_are_a_table_and_many_are_bars_with_both_ends():
+    few = Markup(histograms.class_counts(NASTY, {"train": [6, 5, 4, 3, 2, 1], "val": [1] * 6}))
+    assert len(few.all("tr")) == len(NASTY) + 1
+    assert NASTY[1] in few.text
+    names = [f"class {n}" for n in range(1000)]
+    many = Markup(histograms.class_counts(names, {"train": list(range(1000)), "val": [0] * 1000}))
+    assert len(many.all("tr")) == 2 * (histograms.ENDS + 1)
+    assert "largest 999, median 499.5, smallest 0" in many.text
+    assert many.text.index("class 999") < many.text.index("class 990") < many.text.index("class 0")
+    assert 100 <= len([bar for bar in many.all("i") if "title" in bar]) <= 128
+
+
+def test_a_thumbnail_of_a_photo_is_a_small_jpeg_and_one_of_few_pixels_is_exact():
+    photo = np.random.default_rng(0).integers(0, 256, (300, 600, 3), np.uint8)
+    (image,) = Markup(pictures_.thumbnail(photo, NASTY[1])).all("img")
+    assert (image["width"], image["height"], image["alt"]) == ("112", "56", NASTY[1])
+    assert image["src"].startswith("data:image/jpeg;base64,")
+    assert len(image["src"]) < 12_000
+    digit = np.random.default_rng(0).integers(0, 256, (28, 28, 1), np.uint8)
+    (image,) = Markup(pictures_.thumbnail(digit, "7")).all("img")
+    again = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
+    assert np.array_equal(np.asarray(again)[..., :1], digit)

@@ -58,7 +58,8 @@ def class_counts(classes: list[str], splits: Mapping[str, list[int]]) -> str:
     bars = _bars(heights, hints, f"Samples by class: {says}")
     figure = f'<figure class="plot">{_caption("samples by class, largest first", says)}{bars}</figure>'
     ends = (("Largest", order[:ENDS]), ("Smallest", order[::-1][:ENDS]))
-    return figure + "".join(f"<h3>{head}</h3>{_class_table(classes, splits, total, rows)}" for head, rows in ends)
+    tables = (f"<div><h3>{head}</h3>{_class_table(classes, splits, total, rows)}</div>" for head, rows in ends)
+    return f'{figure}<div class="plots">{"".join(tables)}</div>'
 
 
 def _class_table(classes: list[str], splits: Mapping[str, list[int]], total: np.ndarray, labels) -> str:

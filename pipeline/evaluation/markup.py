@@ -94,7 +94,8 @@ td.name, tbody th { min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere; 
   background: rgb(128 128 128 / .12); border: 1px solid var(--line); border-radius: .3rem; }
 .strip.wide { grid-column: 1 / -1; }
 .strip.wide div { grid-template-columns: repeat(auto-fill, minmax(4.5rem, 1fr)); }
-.list th, .list td { text-align: left; max-width: 28rem; overflow-wrap: anywhere; }
+.list th, .list td { text-align: left; max-width: 28rem; }
+.list td:last-child { min-width: 12rem; overflow-wrap: anywhere; }
 .list td.thumb { width: 5.5rem; min-width: 4rem; padding: .3rem .5rem; }
 .warning { border-left: .3rem solid var(--bad); padding: .4rem .9rem; background: var(--card); }
 .sheet { max-width: 100%; height: auto; border-radius: .5rem; }
