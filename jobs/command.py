@@ -38,6 +38,9 @@ def parse(args_type, verb: str, argv: list[str], default=None):
     """The command line as `args_type`; exits with 2 and the nearest known option for one that does not exist."""
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     more = {} if default is None else {"default": default}
+    # tyro spells it None; beside --fit none and --dedup none, which are words, nobody else would.
+    argv = ["None" if (option, word) == ("--size", "none") else word for option, word in zip(["", *argv], argv, strict=False)]
+    argv = ["--size=None" if word == "--size=none" else word for word in argv]
     return tyro.cli(args_type, prog=f"millstream {verb}", args=argv, config=config, **more)
 
 

@@ -23,9 +23,11 @@ class Args:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """folder:PATH (one folder a class; train/ and val/ below it are splits), imagenet:PATH (the ILSVRC2012 tars, or
-    Kaggle's tree), tars:PATH (webdataset tars), table:PATH (Parquet, CSV or JSONL of paths or of images), idx:PATH
-    (MNIST's format, gz or not), or digits: (scikit-learn's). PATH is local or s3://..."""
+    """folder:PATH, image files in class folders, train/ and val/ below it are splits (a bare path means this);
+    imagenet:PATH, the ILSVRC2012 tars with their devkit, or Kaggle's tree; tars:PATH, webdataset tars, a folder of them,
+    one, or x-{000000..000009}.tar; table:PATH, Parquet, CSV or JSONL that names or holds images (?image=COL&label=COL
+    and so on where the columns are not guessed); idx:PATH, MNIST's format; digits:, scikit-learn's. PATH is local or
+    s3://..."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Where the dataset is written, a local folder or s3://..."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -50,7 +52,8 @@ def run(args: Args) -> dict:
     source, out = absolute_source(args.source), absolute(args.out)
     plan = build.describe(source, out, args.recipe)
     splits = ", ".join(f"{name} {s['samples']:,} in {s['shards']} shards" for name, s in plan["splits"].items())
-    say(f"{args.source} -> {args.out}: {plan['samples']:,} images to add, {len(plan['classes'])} classes ({splits})")
+    more = f"{plan['samples']:,} items to add ({splits})" if splits else "nothing to add"
+    say(f"{args.source} -> {args.out}: {more}, {len(plan['classes'])} classes")
     _say_some("changed under their names", [f"{name}: {what}" for name, what in plan["changed"].items()])
     if args.dry_run:
         _say_some("no longer in the source", plan["vanished"])

@@ -4,6 +4,7 @@ last byte.
 A draw of the moments that fails is printed with its seed.
 """
 
+import contextlib
 import hashlib
 import os
 import random
@@ -37,7 +38,7 @@ with ray_session(2):
     build("digits:", sys.argv[1], Recipe(samples_per_shard=25), int(sys.argv[2]), show, beside=sidecars.KINDS)
     print("done", flush=True)
 """
-VICTIMS = {"worker": "ray::", "node": "raylet/raylet"}
+VICTIMS = {"worker": ("ray::Map", "ray::IDLE"), "node": ("raylet/raylet",)}  # the first kind that there is
 
 
 def content(root):
@@ -72,14 +73,11 @@ def killed(out, workers, victim, after):
 def victims(session, kind, driver):
     if kind == "command":
         return [driver]
-    found = []
+    commands = {}
     for pid in of_session(session, {driver}):
-        try:
-            with open(f"/proc/{pid}/cmdline") as file:
-                found += [pid] if VICTIMS[kind] in file.read() else []
-        except OSError:
-            continue
-    return found[:1]
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
+            commands[pid] = file.read()
+    return next(([pid] for name in VICTIMS[kind] for pid, text in commands.items() if name in text), [])
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +96,7 @@ def disturb(out, kills):
         victim = draw.choice(["command", "command", "worker", "node"])
         ends.append((victim, killed(out, draw.choice([1, 2]), victim, draw.uniform(0, 1.5))))
         print(ends[-1])
+        assert ends[-1][1] or victim != "worker"  # its task is done again
         if ends[-1][1]:  # a worker's death does not stop a build; then it is begun anew elsewhere
             yield
     build("digits:", out, RECIPE, workers=0, beside=sidecars.KINDS)

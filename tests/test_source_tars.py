@@ -124,7 +124,7 @@ def test_the_label_is_in_json_where_there_is_no_cls(tmp_path):
     assert sources.list_items(uri).items["label"].to_pylist() == [2, 1, None, None]
     assert sources.list_items(uri, "none").items["label"].null_count == 4
     assert sources.list_items(uri, "none").classes == ()
-    with pytest.raises(ValueError, match="no labels in the tars .*--labels none"):
+    with pytest.raises(ValueError, match=r"no labels in the tars .*--labels none"):
         sources.list_items(put(tmp_path / "none", x=[("a.jpg", A), ("a.cls", b"dog")]))
 
 
@@ -139,7 +139,7 @@ def test_classes_are_named_beside_the_tars(tmp_path):
     with pytest.raises(ValueError, match="'cat' twice"):
         sources.list_items(uri)
     with pytest.raises(ValueError, match="at most 1000000"):
-        sources.list_items(put(tmp_path / "wild", x=[("a.jpg", A), ("a.cls", b"99999999999")]))
+        sources.list_items(put(tmp_path / "wild", x=[("a.jpg", A), ("a.cls", b"9" * 18)]))
 
 
 def test_a_dataset_of_ours_is_read_by_its_names_and_leftovers_beside_it_are_not(photos):
@@ -204,7 +204,7 @@ def test_damaged_tars_are_named(tmp_path):
 def test_compressed_tars_and_missing_ones_are_named(tmp_path):
     with pytest.raises(ValueError, match="no folder at"):
         sources.list_items(f"tars:{tmp_path}/gone")
-    with pytest.raises(ValueError, match="no .tar files in"):
+    with pytest.raises(ValueError, match=r"no \.tar files in"):
         sources.list_items(f"tars:{tmp_path}")
     (tmp_path / "x.tar.gz").write_bytes(b"")
     for path in (tmp_path, tmp_path / "x.tar.gz", f"{tmp_path}/x-{{0..3}}.tgz"):

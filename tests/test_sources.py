@@ -171,3 +171,12 @@ def test_digits_are_all_there_at_32_pixels():
     assert np.corrcoef(small.ravel(), load_digits().images[42].ravel())[0, 1] > 0.9
     with pytest.raises(ValueError, match="no path"):
         sources.list_items("digits:/x")
+
+
+def test_links_in_a_circle_are_answered_by_their_error(tmp_path):
+    uri = touch(tmp_path, "cat/a.jpg")
+    (tmp_path / "cat/b.jpg").symlink_to("c.jpg")
+    (tmp_path / "cat/c.jpg").symlink_to("b.jpg")
+    a, *lost = read(uri, "cat/a.jpg", "cat/b.jpg", "cat/c.jpg")
+    assert a == b"cat/a.jpg"
+    assert all(isinstance(raw, OSError) for raw in lost)

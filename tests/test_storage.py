@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from pipeline import storage
+from pipeline.storage import prefixes
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ODD = ["Z", "a b", "a#b", "a%2Fb", "a+b", "a-b/x", "a.b", "a/1", "a/b/c", "a=?&;", "b" * 200, "é", "日本/語", "🙂"]
@@ -53,6 +54,19 @@ def test_listing_is_recursive_and_bytewise_sorted_whatever_the_names(place):
     assert all(storage.read(f"{place}/{path}") == path.encode() for path in found)
 
 
+@pytest.mark.parametrize("page", [1, 2, 3, 5, 1000])
+def test_a_store_lists_the_same_by_pages_of_any_size(s3, monkeypatch, page):
+    monkeypatch.setattr(prefixes, "PAGE", page)
+    place, paths = s3.fresh(), [*ODD, *(f"{a}/{b}/{c}" for a in "xyz" for b in "pq" for c in "123"), "x/2", "x.3"]
+    for path in paths:
+        storage.write(f"{place}/{path}", b"1")
+    storage.write(f"{place}-beside/x", b"1")  # begins alike, lies elsewhere
+    assert visible(place) == sorted(paths, key=str.encode)
+    assert visible(f"{place}/x") == sorted(path[2:] for path in paths if path.startswith("x/"))
+    storage.delete_tree(place)
+    assert visible(place) == []
+
+
 def test_a_long_path_is_no_trouble(place):
     path = "/".join(["k" * 200] * 4)
     storage.write(f"{place}/{path}", b"1")
@@ -80,6 +94,13 @@ def test_links_are_followed_without_looping_and_special_files_left_out(tmp_path)
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "fifo")
     assert visible(str(tmp_path)) == ["again/deep/x", "nowhere", "real/deep/x"]
+
+
+def test_links_to_themselves_are_listed_as_leading_nowhere(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "c").write_bytes(b"1")
+    assert [(file.path, file.size) for file in storage.list_files(str(tmp_path))] == [("a", 0), ("b", 0), ("c", 1)]
 
 
 def test_a_new_tag_marks_a_changed_file(place):

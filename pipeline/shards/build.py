@@ -210,10 +210,16 @@ def _run_ray(workers: int) -> Callable[..., Iterator[tuple[str, Outcome]]]:
         with ray.data.DataContext.current(context):
             pool = ray.data.TaskPoolStrategy(size=workers)
             made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, compute=pool)
-        for row in made.iter_rows():
-            result = pickle.loads(row["result"])
-            if isinstance(result, Exception):
-                raise result
-            yield row["name"], result
+        try:
+            for row in made.iter_rows():
+                result = pickle.loads(row["result"])
+                if isinstance(result, Exception):
+                    raise result
+                yield row["name"], result
+        except ray.exceptions.RayError as error:  # a worker's death is not among these: its task is done again
+            why = str(error).splitlines()[0]
+            raise RuntimeError(
+                f"Ray failed ({why}): the same command again goes on from the finished shards"
+            ) from error
 
     return run

@@ -7,6 +7,7 @@ Hidden files and files that are no images by name are passed over. A name that i
 bytes spelled out (`\\xff`), since columns hold text.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pipeline import storage
 from pipeline.sources.listing import LOCAL_READERS, READERS, SPLITS, Item, Listing, ahead
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm"})
+_OF_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 _SPELLED = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
@@ -74,11 +76,10 @@ def read_file(path: str, name: str) -> bytes | OSError:
     """The file `name` below `path`; an error of this one file is returned, one of the whole store is raised."""
     try:
         return _read(path, name)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        return error
-    except PermissionError as error:
-        if storage.is_remote(path):
-            raise  # wrong credentials: no item can be read, and rejecting them all would hide it
+    except OSError as error:
+        # Remote, EACCES means wrong credentials: no item can be read, and rejecting them all would hide it.
+        if error.errno not in ((errno.ENOENT,) if storage.is_remote(path) else _OF_ONE_FILE):
+            raise
         return error
 
 

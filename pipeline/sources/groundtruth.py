@@ -65,10 +65,10 @@ def _devkit(places: list[str], name: str) -> tuple[bytes, str] | None:
 
 def _synsets(data: bytes, path: str) -> list[tuple[int, str, str]]:
     """(ILSVRC2012_ID, WordNet id, names) of meta.mat's struct array, of which the first 1000 are the classes."""
-    from scipy.io import loadmat  # half a second to import, and few need it
+    from scipy.io.matlab import MatReadError, loadmat  # half a second to import, and few need it
 
     try:
         synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         return [(int(s["ILSVRC2012_ID"]), str(s["WNID"]), str(s["words"])) for s in synsets.ravel()]
-    except (ValueError, KeyError, IndexError, TypeError, NotImplementedError, zlib.error) as error:
+    except (MatReadError, ValueError, KeyError, IndexError, TypeError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"{path} is no devkit's meta.mat: {error!r}") from None

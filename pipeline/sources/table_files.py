@@ -70,10 +70,12 @@ def row_groups(path: str, column: str) -> tuple[list[int], list[int]]:
 
 
 def values(path: str, column: str, group: int, rows: list[int]) -> list[bytes | dict | None]:
-    """What the column holds in these rows, rising, of one row group. Holds those and a few more in memory."""
+    """What the column holds in these rows, rising, of one row group.
+
+    Held in memory: those and the page being decoded, which may be of 1,024 rows as pyarrow and pandas write them."""
     found: list = []
     with _opened(path) as file:
-        opened, at = pq.ParquetFile(file, buffer_size=_BUFFER), 0
+        opened, at = pq.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False), 0  # or it fetches the whole group
         for batch in opened.iter_batches(_ROWS, row_groups=[group], columns=[column]):
             while len(found) < len(rows) and rows[len(found)] < at + len(batch):
                 found.append(batch.column(column)[rows[len(found)] - at].as_py())

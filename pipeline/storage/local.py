@@ -26,13 +26,20 @@ def list_files(root: str) -> Iterator[File]:
                 continue  # a link back up
             with os.scandir(os.path.join(root, folder)) as entries:
                 for entry in entries:
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         folders.append((f"{folder}{entry.name}/", (*above, (info.st_dev, info.st_ino))))
                     elif not IN_FLIGHT.fullmatch(entry.name):
                         yield from _file(folder + entry.name, entry)
         except FileNotFoundError:  # a subfolder deleted while we list is no news
             if not folder:
                 raise
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or one into a folder that is closed to us
+        return False
 
 
 def _file(path: str, entry: os.DirEntry) -> Iterator[File]:

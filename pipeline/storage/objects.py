@@ -17,6 +17,7 @@ from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
 from fsspec.asyn import FSTimeoutError, sync
 
+from pipeline.storage import prefixes
 from pipeline.storage.paths import IN_FLIGHT, Conflict, File, StorageError, name
 
 _PART_BYTES = 16 * 2**20  # larger objects go up in parts of this size, each buffered in memory
@@ -148,15 +149,8 @@ def _list(prefix: str) -> list[File]:
         return [File(key.removeprefix(inside), info["size"], info.get("etag", "")) for key, info in found]
     bucket, inside = _address(prefix).values()
 
-    async def request(client):
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=inside)
-        return [
-            File(item["Key"].removeprefix(inside), item["Size"], item["ETag"])
-            async for page in pages
-            for item in page.get("Contents", ())
-        ]
-
-    return _on_client(prefix, request)
+    found = _on_client(prefix, lambda client: prefixes.objects(client, bucket, inside))
+    return [File(item["Key"].removeprefix(inside), item["Size"], item["ETag"]) for item in found]
 
 
 def write(path: str, data: bytes) -> None:
