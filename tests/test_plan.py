@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -117,3 +119,67 @@ def test_a_million_items_are_planned_in_seconds():
     start = time.perf_counter()
     assert len(plan(Listing.of(columns, ("x",) * 1000, "jpg"), Recipe())) == 1001
     assert time.perf_counter() - start < 10
+
+
+def test_the_cap_on_source_bytes_is_kept_with_near_equal_counts():
+    items = listing(3000)  # of 100 to 3099 bytes
+    sizes = items.items["size"].to_numpy()
+    plans = plan(items, Recipe(bytes_per_shard=200_000, val_fraction=0))
+    assert sorted(np.concatenate([p.rows for p in plans]).tolist()) == list(range(3000))
+    assert max(sizes[p.rows].sum() for p in plans) <= 200_000
+    assert len(plans) < 1.2 * sizes.sum() / 200_000
+    counts = [len(p.rows) for p in plans]
+    assert max(counts) - min(counts) <= 1
+    assert [len(p.rows) for p in plan(listing(5), Recipe(bytes_per_shard=1, val_fraction=0))] == [1] * 5
+
+
+def test_without_shuffling_the_order_is_the_sources():
+    plans = plan(listing(500), Recipe(shuffle=False, samples_per_shard=90))
+    for split_name in ("train", "val"):
+        rows = np.concatenate([p.rows for p in plans if p.split == split_name])
+        assert (np.diff(rows) > 0).all()
+
+
+@pytest.mark.parametrize(("rows_per_block", "window"), [(10, 20), (100, 8), (1000, 8)])
+def test_a_shard_reads_few_blocks_and_is_mixed_all_the_same(rows_per_block, window):
+    count, classes = 40_000, 40
+    names = [f"t.parquet/{i:08d}" for i in range(count)]
+    columns = {"name": names, "label": [i * classes // count for i in range(count)], "size": [0] * count}
+    columns |= {"offset": list(range(count)), "block": [i // rows_per_block for i in range(count)]}
+    items = Listing.of(columns, [str(c) for c in range(classes)], "jpg")
+    blocks, labels = items.items["block"].to_numpy(), items.items["label"].to_numpy()
+    plans = [p for p in plan(items, Recipe(samples_per_shard=200)) if p.split == "train"]
+    assert sum(len(p.rows) for p in plans) > 35_000
+    reads = np.array([len(np.unique(blocks[p.rows])) for p in plans])
+    assert reads.max() <= 3 * window  # the rest of one window, a whole one, the beginning of a third
+    assert np.mean([len(np.unique(labels[p.rows])) for p in plans]) > 6
+    assert np.mean([(np.diff(labels[p.rows]) == 0).mean() for p in plans]) < 0.25
+
+
+# ImageNet-21k: 14 million names in 21,841 classes.
+PLANNING = """
+import resource, time
+import numpy as np, pyarrow as pa, pyarrow.compute as pc
+from pipeline.shards.plan import Recipe, plan
+from pipeline.sources.listing import Listing
+number = np.arange(14_197_122)
+label = pa.array((number % 21_841).astype(np.int32))
+name = pc.binary_join_element_wise(label.cast(pa.string()), pa.array(number).cast(pa.string()), "/")
+columns = {"name": name, "label": label, "size": pa.array(np.full(len(number), 110_000))}
+listing = Listing.of(columns, [str(c) for c in range(21_841)], "jpg")
+start = time.perf_counter()
+plans = plan(listing, Recipe())
+seconds = time.perf_counter() - start
+print(len(plans), sum(len(each.rows) for each in plans), seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_imagenet_21k_is_planned_within_a_minute_and_4_gb():
+    command = [sys.executable, "-c", PLANNING]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=280, check=True)
+    shards, rows, seconds, kilobytes = map(float, done.stdout.split())
+    assert rows == 14_197_122
+    assert 14_198 <= shards <= 14_200
+    assert seconds < 60
+    assert kilobytes < 4_000_000

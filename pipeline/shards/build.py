@@ -208,7 +208,7 @@ def _run_ray(workers: int) -> Callable[..., Iterator[tuple[str, Outcome]]]:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # the rest is noise beside a progress bar
         rows = [{"name": each.name, "split": each.split, "rows": each.rows.tobytes()} for each in plans]
         with ray.data.DataContext.current(context):
-            pool = ray.data.TaskPoolStrategy(size=workers)
+            pool = ray.data.TaskPoolStrategy(size=min(workers, len(rows)))  # it warns of more
             made = ray.data.from_items(rows, override_num_blocks=len(rows)).map(work, num_cpus=1, compute=pool)
         try:
             for row in made.iter_rows():

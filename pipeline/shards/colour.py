@@ -36,6 +36,8 @@ def flat(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
+    if image.format == "TIFF" and image.mode == "I":  # 32 bits, or 16 with a sign
+        raise NotShown(f"whole numbers from {values.min()} to {values.max()}: no known white")
     if image.mode == "F" or values.min() < 0 or values.max() > 65_535:
         raise NotShown(f"values of mode {image.mode} from {values.min()} to {values.max()}: no known white")
     small = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -1,6 +1,7 @@
 """Which way up a picture is: the orientation tag of EXIF 2.32, read, applied and reset."""
 
 import re
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -42,7 +43,9 @@ def upright(tiff: bytes) -> bytes:
 def _load(tiff: bytes) -> Image.Exif:
     tags = Image.Exif()
     try:
-        tags.load(b"Exif\0\0" + tiff)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken tags, which the others need not mind
+            tags.load(b"Exif\0\0" + tiff)
     except Exception:  # as above
         tags.clear()
     return tags

@@ -12,8 +12,8 @@ _DISPLAY_GAMMA = 45_455  # 1 / 2.2, in hundred thousandths
 
 @dataclass(frozen=True)
 class Png:
-    """chunks: (name, start, end) in bytes; bits, colour: of its header; whole: it reaches IEND; damaged: the chunk
-    whose checksum is wrong where that matters, or None; crowded: more than MAX_CHUNKS."""
+    """chunks: (name, start, end) in bytes; bits, colour: of its header; whole: it reaches IEND; damaged: the first
+    chunk whose checksum is wrong, or None; crowded: more than MAX_CHUNKS."""
 
     chunks: tuple[tuple[bytes, int, int], ...]
     bits: int
@@ -31,7 +31,7 @@ def walk(raw: bytes) -> Png:
         name, end = raw[at + 4 : at + 8], at + 12 + int.from_bytes(raw[at : at + 4], "big")
         if end > len(raw) or len(name) < 4:
             return Png(tuple(chunks), bits, colour, False, damaged, False)
-        if name[:1].isupper() and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
+        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(raw[end - 4 : end], "big"):
             damaged = damaged or repr(name)[2:-1]
         chunks.append((name, at, end))
         if name == b"IEND":
