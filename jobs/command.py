@@ -39,7 +39,10 @@ def parse(args_type, verb: str, argv: list[str], default=None):
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff)
     more = {} if default is None else {"default": default}
     # tyro spells it None; beside --fit none and --dedup none, which are words, nobody else would.
-    argv = ["None" if (option, word) == ("--size", "none") else word for option, word in zip(["", *argv], argv, strict=False)]
+    argv = [
+        "None" if (option, word) == ("--size", "none") else word
+        for option, word in zip(["", *argv], argv, strict=False)
+    ]
     argv = ["--size=None" if word == "--size=none" else word for word in argv]
     return tyro.cli(args_type, prog=f"millstream {verb}", args=argv, config=config, **more)
 

@@ -1,36 +1,22 @@
 import contextlib
 import io
+import zlib
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageOps
+import simplejpeg
+from hostile import chunk, claims
+from pictures import distance, photo, saved, ycck
+from PIL import Image, ImageCms, ImageFile, ImageOps, _webp
 
-from pipeline.shards.image import ImageRecipe, Reject, decode, encode
-
-
-def photo(width=120, height=90, seed=0):
-    """A smooth colour picture, as photographs are: JPEG must be able to hold it."""
-    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.float32)
-    pixels = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 255)
-    return Image.fromarray(pixels.astype(np.uint8))
-
-
-def saved(image, form, **options):
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
-
-
-def distance(a, b):
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    assert a.shape == b.shape
-    return np.abs(a - b).mean()
+from pipeline.shards.image import REASONS, ImageRecipe, Reject, decode, encode
 
 
 def reject_of(raw):
     with pytest.raises(Reject) as caught:
         decode(raw)
+    assert caught.value.reason in REASONS
     assert "0x" not in caught.value.detail  # an address in it would differ from run to run
     return caught.value.reason
 
@@ -66,14 +52,27 @@ def test_junk_is_typed():
     assert reject_of(saved(float_tiff, "TIFF")) == "unsupported"
 
 
-def test_a_bomb_is_refused_by_its_header():
-    raw = bytearray(saved(Image.new("L", (8, 8)), "BMP"))
-    raw[18:26] = (60_000).to_bytes(4, "little") * 2
-    assert reject_of(bytes(raw)) == "too_large"
-    jpeg = bytearray(saved(photo(), "JPEG"))
-    at = jpeg.index(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = (65_000).to_bytes(2, "big") * 2
-    assert reject_of(bytes(jpeg)) == "too_large"
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_a_bomb_is_refused_by_its_header_before_there_is_room_for_its_pixels(form, monkeypatch):
+    def explode(*_):
+        raise AssertionError("the bomb went off")
+
+    for place, name in ((ImageFile.ImageFile, "load"), (_webp, "WebPAnimDecoder"), (simplejpeg, "decode_jpeg")):
+        monkeypatch.setattr(place, name, explode)
+    assert reject_of(claims(form, 16_383 if form == "WEBP" else 60_000)) == "too_large"
+    monkeypatch.undo()
+    assert decode(claims(form, 8)).shape[:2] == (8, 8)  # it is the claim that is refused
+
+
+def test_bombs_of_time_and_of_text_are_refused():
+    scans = saved(photo(1000, 1000), "JPEG", progressive=True)
+    at = scans.rindex(b"\xff\xda")
+    assert reject_of(scans[:at] + scans[at:-2] * 4000 + scans[-2:]) == "too_large"
+    png, text = saved(photo(), "PNG"), b"a\0\0" + zlib.compress(bytes(100_000_000), 9)
+    assert reject_of(png[:33] + chunk(b"zTXt", text) + png[33:]) == "too_large"
+    assert reject_of(png[:33] + chunk(b"prVt", b"") * 100_001 + png[33:]) == "too_large"
+    jpeg = saved(photo(), "JPEG")
+    assert reject_of(jpeg[:2] + b"\xff\xfe\0\2" * 100_001 + jpeg[2:]) == "too_large"
 
 
 def test_flipped_bits_give_an_image_or_a_reject_and_nothing_else():
@@ -123,20 +122,51 @@ def test_alpha_goes_over_white_and_grey_stays_one_channel():
     assert distance(decode(saved(photo().convert("L"), "JPEG", quality=95))[..., 0], photo().convert("L")) < 1
 
 
-def test_cmyk_is_turned_to_rgb_as_pillow_does_adobe_inversion_included():
+def test_cmyk_and_ycck_are_turned_to_rgb_adobe_inversion_included():
     raw = saved(photo().convert("CMYK"), "JPEG", quality=95)
+    assert distance(decode(raw), photo()) < 3
+    assert not encode(raw, ImageRecipe()).passed
+    raw = ycck(photo())
+    assert raw[raw.index(b"Adobe") + 11] == 2  # Adobe's number for YCCK
+    assert simplejpeg.decode_jpeg_header(raw)[2] == "YCCK"
     assert distance(decode(raw), photo()) < 3
 
 
-def test_sixteen_bits_become_eight():
+def test_sixteen_bits_become_eight_grey_and_colour():
     values = np.linspace(0, 65_535, 100).astype(np.uint16).reshape(10, 10)
     for form in ("PNG", "TIFF"):
         assert np.array_equal(decode(saved(Image.fromarray(values), form))[..., 0], np.rint(values / 257))
+    colour = np.asarray(photo()).astype(np.uint16) * 257 + np.arange(120, dtype=np.uint16)[:, None]
+    for extension in (".png", ".tiff"):
+        pixels = decode(cv2.imencode(extension, colour[..., ::-1])[1].tobytes())
+        assert np.abs(pixels - colour / 257).max() < 1.01
+    clear = decode(saved(Image.fromarray(values), "PNG", transparency=int(values[3, 3])))
+    assert clear[3, 3, 0] == 255
+    whole = Image.fromarray(np.arange(100, dtype=np.int32).reshape(10, 10))
+    assert reject_of(saved(whole, "TIFF")) == "unsupported"  # taken as 16 bits it would be black
 
 
-def test_the_first_frame_of_an_animation_is_taken():
-    raw = saved(photo(seed=1), "GIF", save_all=True, append_images=[photo(seed=2)])
-    assert distance(decode(raw), Image.open(io.BytesIO(raw)).convert("RGB")) == 0
+@pytest.mark.parametrize("form", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several_is_taken_and_said_to_be(form):
+    options = {"lossless": True} if form == "WEBP" else {}
+    raw = saved(photo(seed=1), form, save_all=True, append_images=[photo(seed=2), photo(seed=3)], **options)
+    made = encode(raw, ImageRecipe(format="png"))
+    assert distance(decode(made.data), Image.open(io.BytesIO(raw)).convert("RGB")) == 0
+    assert distance(decode(made.data), photo(seed=1)) < (9 if form == "GIF" else 0.001)
+    assert made.animated
+    assert not encode(saved(photo(), form), ImageRecipe()).animated
+    assert getattr(Image.open(io.BytesIO(made.data)), "n_frames", 1) == 1
+
+
+def test_content_says_what_a_file_is():
+    raw = saved(photo(), "PNG")  # ImageNet has one that is called .JPEG
+    assert [encode(raw, ImageRecipe(format=form)).extension for form in ("jpg", "png", "keep")] == ["jpg", "png", "png"]
+    raw = saved(photo(), "JPEG")
+    assert [encode(raw, ImageRecipe(format=form)).extension for form in ("jpg", "png", "keep")] == ["jpg", "png", "jpg"]
+    assert encode(np.asarray(photo()), ImageRecipe(format="keep")).extension == "png"
+    assert encode(saved(photo(), "WEBP"), ImageRecipe(format="keep")).extension == "png"
+    large = encode(saved(photo(500, 375), "JPEG"), ImageRecipe(format="keep", size=32))
+    assert (large.extension, large.passed, large.data[:3]) == ("jpg", False, b"\xff\xd8\xff")
 
 
 def test_a_colour_profile_is_converted_and_a_broken_one_ignored():
@@ -158,8 +188,37 @@ def test_the_short_side_shrinks_to_size_and_is_never_enlarged():
     assert decode(grey.data).shape == (12, 10, 1)
 
 
+@pytest.mark.parametrize(
+    ("fit", "size", "source", "made"),
+    [
+        ("long", 100, (500, 375), (100, 75)),
+        ("long", 500, (500, 375), (500, 375)),
+        ("long", 10, (700, 3), (10, 1)),
+        ("crop", 100, (500, 375), (100, 100)),
+        ("crop", 400, (500, 375), (375, 375)),
+        ("crop", 400, (375, 375), (375, 375)),
+        ("none", 100, (500, 375), (500, 375)),
+        ("short", 100, (500, 375), (133, 100)),
+        ("short", 400, (500, 375), (500, 375)),
+    ],
+)
+def test_fit_says_what_size_bounds(fit, size, source, made):
+    for raw in (np.asarray(photo(*source)), saved(photo(*source), "PNG"), saved(photo(*source), "JPEG")):
+        done = encode(raw, ImageRecipe(size, fit))
+        assert (done.width, done.height) == made
+        turned = encode(np.asarray(photo(*source)).swapaxes(0, 1), ImageRecipe(size, fit))
+        assert (turned.height, turned.width) == made
+        assert decode(done.data).shape == (made[1], made[0], 3)
+
+
+def test_the_centre_is_what_crop_keeps():
+    pixels = np.zeros((40, 100, 1), np.uint8)
+    pixels[:, 30:70] = 200
+    assert (decode(encode(pixels, ImageRecipe(20, "crop", format="png")).data) == 200).all()
+
+
 def test_sums_are_exact():
-    for pixels in (np.asarray(photo(301, 203)), np.full((4000, 5000, 3), 255, np.uint8), np.asarray(photo())[..., :1]):
+    for pixels in (np.asarray(photo(301, 203)), np.full((4000, 5000, 1), 255, np.uint8), np.asarray(photo())[..., :1]):
         made = encode(pixels, ImageRecipe(format="png"))
         wide = pixels.astype(np.int64)
         assert made.sums == tuple(wide.sum((0, 1)).tolist())
@@ -178,6 +237,6 @@ def test_what_the_encoder_cannot_hold_is_rejected_or_refused():
         encode(np.zeros((1, 70_000, 1), np.uint8), ImageRecipe())
     with pytest.raises(ValueError, match="uint8"):
         encode(np.zeros((4, 4)), ImageRecipe())
-    for wrong in ({"size": 0}, {"quality": 101}, {"format": "jpeg"}):
+    for wrong in ({"size": 0}, {"quality": 101}, {"format": "jpeg"}, {"fit": "width"}, {"fit": "crop"}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             ImageRecipe(**wrong)

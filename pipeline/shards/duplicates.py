@@ -10,6 +10,7 @@ from itertools import combinations
 
 import cv2
 import numpy as np
+import xxhash
 
 RADIUS = 3  # bits of 64
 _FLAT = 4  # of 255: what varies less has no look, only noise of compression
@@ -19,11 +20,15 @@ _BITS = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
 def content_hash(raw: bytes | np.ndarray) -> bytes:
-    """BLAKE2b, 16 bytes, of a file's bytes or of an array's type, shape and values."""
+    """XXH3 of 128 bits (https://xxhash.com) of a file's bytes or of an array's type, shape and values; 16 bytes.
+
+    Ten times faster than a cryptographic one, which would take a tenth of a decode. Two files meet by chance no sooner;
+    by design they can be made to, so it tells what is the same, not what is safe.
+    """
     if not isinstance(raw, np.ndarray):
-        return hashlib.blake2b(raw, digest_size=16).digest()
-    digest = hashlib.blake2b(f"{raw.dtype.str}{raw.shape}".encode(), digest_size=16, person=b"pixels")
-    digest.update(np.ascontiguousarray(raw))
+        return xxhash.xxh3_128_digest(raw)
+    digest = xxhash.xxh3_128(f"{raw.dtype.str}{raw.shape}".encode())
+    digest.update(np.ascontiguousarray(raw).data)
     return digest.digest()
 
 

@@ -55,7 +55,7 @@ SOURCES = pa.schema(
         "label": pa.int32(),
         "size": pa.int64(),  # as listed
         "tag": pa.uint64(),  # a hash of the listing's tag: a dataset holds no times
-        "hash": pa.binary(16),  # BLAKE2b of what was read; null: nothing was
+        "hash": pa.binary(16),  # XXH3 of what was read; null: nothing was
         "near": pa.uint64(),  # perceptual hash, where --dedup near asked for it
     }
 )

@@ -80,7 +80,7 @@ def read(raw: bytes) -> Picture:
     if chunks and chunks.damaged:
         raise Reject("corrupt", f"checksum of {chunks.damaged} is wrong")
     if raw.startswith(b"RIFF"):
-        _check_pixels(*_webp_size(raw))  # Pillow makes room for the canvas when it opens the file
+        _check_pixels(*_webp_size(raw))  # older Pillows make room for the canvas as they open the file
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images and odd metadata; the checks here decide
         return _read_any(raw, parts, chunks)

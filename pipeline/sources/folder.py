@@ -15,10 +15,11 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from pipeline import storage
-from pipeline.sources.listing import LOCAL_READERS, READERS, SPLITS, Item, Listing, ahead
+from pipeline.sources.listing import READERS, SPLITS, Item, Listing, ahead
 
 EXTENSIONS = frozenset({"jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pbm"})
 _OF_ONE_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+_SOON = 16  # files the kernel is told of before they are read
 _SPELLED = re.compile(rb"\\x([89a-f][0-9a-f])")
 
 
@@ -67,9 +68,13 @@ def _has_splits(path: str, parts: list[list[str]], labels: str) -> bool:
 def read_items(path: str, items: pa.Table) -> Iterator[Item]:
     """Each file's bytes, or why this one cannot be read (gone, forbidden). StorageError: the store fails."""
     names, sizes = items["name"].to_pylist(), items["size"].to_pylist()
-    threads = READERS if storage.is_remote(path) else LOCAL_READERS
-    for raw in ahead(lambda i: read_file(path, names[i]), sizes, threads):
-        yield raw, {}
+    if storage.is_remote(path):
+        yield from ((raw, {}) for raw in ahead(lambda i: read_file(path, names[i]), sizes, READERS))
+        return
+    for i, name in enumerate(names):  # the kernel reads ahead: handing files over between threads costs as much as them
+        for soon in names[i + _SOON : i + _SOON + 1] if i else names[:_SOON]:
+            storage.will_read(f"{path}/{soon}")
+        yield read_file(path, name), {}
 
 
 def read_file(path: str, name: str) -> bytes | OSError:

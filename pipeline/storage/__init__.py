@@ -17,8 +17,8 @@ from pipeline.storage import local
 from pipeline.storage.paths import Conflict, File, StorageError, is_remote, join, name, partial
 
 __all__ = ["Conflict", "File", "StorageError", "delete", "delete_tree", "exists", "filesystem", "is_remote", "join"]
-__all__ += ["list_files", "name", "partial", "read", "read_range", "read_tagged", "replace", "sweep_partial", "write"]
-__all__ += ["write_new", "writer"]
+__all__ += ["list_files", "name", "partial", "read", "read_range", "read_tagged", "replace", "sweep_partial"]
+__all__ += ["will_read", "write", "write_new", "writer"]
 
 
 def _home(path: str):
@@ -48,6 +48,11 @@ def exists(path: str) -> bool:
 def read(path: str) -> bytes:
     """The whole file. FileNotFoundError if missing."""
     return _home(path).read(path)
+
+
+def will_read(path: str) -> None:
+    """Tells the kernel that a local file is about to be read, and returns at once; a missing one is no error yet."""
+    local.will_read(path)
 
 
 def read_range(path: str, start: int, end: int) -> bytes:

@@ -64,6 +64,17 @@ def read(path: str) -> bytes:
         return file.read()
 
 
+def will_read(path: str) -> None:
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO put in its place must not hold us up
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(fd)
+
+
 def read_range(path: str, start: int, end: int) -> bytes:
     fd = os.open(path, os.O_RDONLY)
     try:
