@@ -110,5 +110,5 @@ def mixing_warning(split: str, mixed: dict | None) -> str:
         return ""
     return (
         f"{split} is sorted by class rather than mixed: readers that shuffle little see runs of one class. "
-        "Shard it anew as a whole, with shuffling on."
+        "Shard it anew as a whole, with shuffling on; a sorted table by its shards: millstream shard tars:DATASET OUT."
     )

@@ -24,10 +24,10 @@ class Args:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """folder:PATH, image files in class folders, train/ and val/ below it are splits (a bare path means this);
-    imagenet:PATH, the ILSVRC2012 tars with their devkit, or Kaggle's tree; tars:PATH, webdataset tars, a folder of them,
-    one, or x-{000000..000009}.tar; table:PATH, Parquet, CSV or JSONL that names or holds images (?image=COL&label=COL
-    and so on where the columns are not guessed); idx:PATH, MNIST's format; digits:, scikit-learn's. PATH is local or
-    s3://..."""
+    imagenet:PATH, the ILSVRC2012 tars with their devkit, or Kaggle's tree; tars:PATH, webdataset tars, a folder of
+    them, one, or x-{000000..000009}.tar; table:PATH, Parquet, CSV or JSONL that names or holds images
+    (?image=COL&label=COL where the columns are not guessed); idx:PATH, MNIST's format; digits:, scikit-learn's. PATH
+    is local or s3://..."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """Where the dataset is written, a local folder or s3://..."""
     recipe: Recipe = field(default_factory=Recipe)
