@@ -170,6 +170,18 @@ def test_pruning_leaves_what_a_fresh_dataset_of_the_rest_would_hold(source, tmp_
         ].to_pylist()
 
 
+def test_pruned_bytes_are_gone_though_what_was_to_be_added_fails(source, tmp_path):
+    out = tmp_path / "out"
+    build(str(source), str(out), RECIPE, workers=0)
+    pruned = samples(out)["b/003.png"][2]
+    (source / "b/003.png").unlink()
+    (source / "b/bad.png").write_bytes(b"not an image")
+    with pytest.raises(TooManyRejects):
+        build(str(source), str(out), RECIPE, workers=0, max_rejects=0, pruning=True)
+    assert len(samples(out)) == 59
+    assert not [path for path in out.rglob("*") if path.is_file() and pruned[-60:] in path.read_bytes()]
+
+
 def test_a_changed_item_is_replaced_by_pruning(source, tmp_path):
     out = tmp_path / "out"
     build(str(source), str(out), RECIPE, workers=0)

@@ -60,6 +60,7 @@ SOURCES = pa.schema(
     }
 )
 REJECTS = pa.schema({"source": pa.string(), "split": pa.string(), "reason": pa.string(), "detail": pa.string()})
+FILES = {"index": SCHEMA, "rejects": REJECTS, "sources": SOURCES}  # of each generation
 ROW_GROUP = 1 << 17  # rows; fixed, because where a group ends is part of the file's bytes
 _MEMBERS = ["label", "format", "size", "json_size", "beside"]
 _NUMBERS = ["offset", "size", "label", "width", "height", "channels", "crc32"]

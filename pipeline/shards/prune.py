@@ -27,7 +27,9 @@ def prune(root: str, dataset: index.Dataset, names: set[str], still_ours: Callab
     numbers, shards, generations = dict(info["next_shard"]), [], []
     seen = Summary(len(dataset.classes))
     for generation in info["generations"]:
-        tables = {kind: index.read_columns(root, generation[kind], schema.names) for kind, schema in _KINDS.items()}
+        tables = {
+            kind: index.read_columns(root, generation[kind], schema.names) for kind, schema in index.FILES.items()
+        }
         left = {kind: _without(table, _NAMED[kind], gone) for kind, table in tables.items()}
         held = []
         for entry in (s for s in info["shards"] if s["generation"] == generation["generation"]):
@@ -45,7 +47,7 @@ def prune(root: str, dataset: index.Dataset, names: set[str], still_ours: Callab
         shards += [entry for entry, _ in held]
         pieces = [rows for _, rows in held]
         seen.add_rejects(left["rejects"])
-        if any(len(left[kind]) < len(tables[kind]) for kind in _KINDS):
+        if any(len(left[kind]) < len(tables[kind]) for kind in index.FILES):
             still_ours()
             generation = _new_index(root, generation, pieces, left, seen)
         else:
@@ -60,7 +62,6 @@ def prune(root: str, dataset: index.Dataset, names: set[str], still_ours: Callab
     return made
 
 
-_KINDS = {"index": index.SCHEMA, "rejects": index.REJECTS, "sources": index.SOURCES}
 _NAMED = {"index": "source", "rejects": "source", "sources": "name"}  # the column that holds the source's name
 
 
@@ -112,7 +113,7 @@ def _count(pixels: dict[str, list], values: np.ndarray) -> None:
 def strangers(files: Iterable[str], info: dict) -> list[str]:
     """Shards and index files among `files` that dataset.json does not name."""
     named = {shard["name"] for shard in info["shards"]}
-    named |= {generation[kind] for generation in info["generations"] for kind in _KINDS}
+    named |= {generation[kind] for generation in info["generations"] for kind in index.FILES}
     return [path for path in files if path not in named and _OURS.fullmatch(path)]
 
 

@@ -25,7 +25,6 @@ from pipeline.shards.plan import Recipe
 from pipeline.shards.shard import WORK, Job
 
 _THREADS = 8  # hashing releases the GIL, and a store is far away
-_TABLES = {"index": index.SCHEMA, "rejects": index.REJECTS, "sources": index.SOURCES}
 _NAMED = 5  # damaged samples of a shard named in its problem
 
 
@@ -62,7 +61,7 @@ def verify(root: str, progress: Callable[[int, int], None] | None = None) -> lis
 
 
 def _of_generation(root: str, generation: dict, files: dict[str, int]) -> Iterator[Problem]:
-    for kind, schema in _TABLES.items():
+    for kind, schema in index.FILES.items():
         name = generation[kind]
         if name not in files:
             yield Problem(name, "missing", f"the {kind} of generation {generation['generation']}")
@@ -134,7 +133,7 @@ def repair(root: str, source_uri: str, problems: list[Problem]) -> list[Problem]
 
 
 def _index_files(info: dict) -> set[str]:
-    return {generation[kind] for generation in info["generations"] for kind in _TABLES}
+    return {generation[kind] for generation in info["generations"] for kind in index.FILES}
 
 
 def _remake(dataset: index.Dataset, entry: dict, uri: str, items: pa.Table, form: ImageRecipe) -> str | None:
