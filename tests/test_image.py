@@ -10,7 +10,7 @@ from hostile import chunk, claims
 from pictures import distance, photo, saved, ycck
 from PIL import Image, ImageCms, ImageFile, ImageOps, _webp
 
-from pipeline.shards.image import REASONS, ImageRecipe, Reject, decode, encode
+from pipeline.shards.image import REASONS, ImageRecipe, Reject, decode, encode, pixel_sums
 
 
 def reject_of(raw):
@@ -217,12 +217,14 @@ def test_the_centre_is_what_crop_keeps():
     assert (decode(encode(pixels, ImageRecipe(20, "crop", format="png")).data) == 200).all()
 
 
-def test_sums_are_exact():
-    for pixels in (np.asarray(photo(301, 203)), np.full((4000, 5000, 1), 255, np.uint8), np.asarray(photo())[..., :1]):
-        made = encode(pixels, ImageRecipe(format="png"))
-        wide = pixels.astype(np.int64)
-        assert made.sums == tuple(wide.sum((0, 1)).tolist())
-        assert made.squares == tuple((wide**2).sum((0, 1)).tolist())
+@pytest.mark.parametrize(("height", "step"), [(1, 1), (127, 1), (128, 2), (203, 3), (4000, 62)])
+def test_sums_are_exact_over_every_row_or_evenly_spaced_ones(height, step):
+    for pixels in (np.asarray(photo(301, height)), np.full((height, 1000, 1), 255, np.uint8)):
+        wide = pixels[::step].astype(np.int64)
+        count, sums, squares = pixel_sums(pixels)
+        assert (count, sums) == (wide[..., 0].size, wide.sum((0, 1)).tolist())
+        assert squares == (wide**2).sum((0, 1)).tolist()
+        assert encode(pixels, ImageRecipe(format="png")).summed == (count, sums, squares)
 
 
 def test_png_is_lossless_and_jpeg_close():

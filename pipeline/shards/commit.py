@@ -29,7 +29,7 @@ class ShardRecord:
 
     entry: what dataset.json holds of the shard, {name (file), split, generation, samples, bytes, sha256, pixels
     {channels: [pixel count, sums (channels), squared sums (channels)]} in whole numbers over the images' values
-    0..255}; rows: SCHEMA, by offset; rejects: REJECTS.
+    0..255, of the rows that `image.pixel_sums` takes}; rows: SCHEMA, by offset; rejects: REJECTS.
     """
 
     entry: dict

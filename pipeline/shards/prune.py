@@ -8,7 +8,6 @@ strangers beside it, or the new one does: `clear` removes what dataset.json does
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -89,7 +88,8 @@ def _rewritten(root: str, entry: dict, left: pa.Table, name: str) -> tuple[dict,
         for key, members in tar.read_shard(storage.join(root, entry["name"])):
             if key in wanted:
                 contents = {extension: data for extension, (_, _, data) in members.items()}
-                _count(pixels, image.decode(contents[wanted[key]]))
+                values = image.decode(contents[wanted[key]])
+                image.add_sums(pixels, values.shape[2], image.pixel_sums(values))
                 yield key, contents
 
     written = tar.write_shard(storage.join(root, name), samples())
@@ -99,15 +99,6 @@ def _rewritten(root: str, entry: dict, left: pa.Table, name: str) -> tuple[dict,
         left = left.set_column(at, index.SCHEMA.field(column), pa.array(values, index.SCHEMA.field(column).type))
     more = {"name": name, "samples": len(left), "bytes": written.bytes, "sha256": written.sha256, "pixels": pixels}
     return entry | more, left
-
-
-def _count(pixels: dict[str, list], values: np.ndarray) -> None:
-    channels = values.shape[2]
-    total = pixels.setdefault(str(channels), [0, [0] * channels, [0] * channels])
-    flat = values.reshape(-1, channels).astype(np.int64)
-    total[0] += len(flat)
-    total[1] = [a + b for a, b in zip(total[1], flat.sum(0).tolist(), strict=True)]
-    total[2] = [a + b for a, b in zip(total[2], (flat**2).sum(0).tolist(), strict=True)]
 
 
 def strangers(files: Iterable[str], info: dict) -> list[str]:

@@ -118,11 +118,7 @@ class _Streaming:
         row = {"key": key(name), "label": label, "format": made.extension, "passed": made.passed}
         for column, value in (row | {"animated": made.animated} | facts).items():
             self.columns[column].append(value)
-        total = self.pixels.setdefault(str(made.channels), [0, [0] * made.channels, [0] * made.channels])
-        total[0] += made.width * made.height
-        for c in range(made.channels):
-            total[1][c] += made.sums[c]
-            total[2][c] += made.squares[c]
+        image.add_sums(self.pixels, made.channels, made.summed)
         members = {made.extension: made.data}
         if label is not None:
             members["cls"] = b"%d" % label
