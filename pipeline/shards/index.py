@@ -70,7 +70,8 @@ _NUMBERS = ["offset", "size", "label", "width", "height", "channels", "crc32"]
 class Split:
     """One split's samples as columns; row i is sample i, shards in order and offsets rising inside each.
 
-    shards: file names under root; counts: int64 (shards,), samples in each; shard: int32 (n,), positions in `shards`;
+    shards: file names under root; digests: SHA-256 of each, hex; counts: int64 (shards,), samples in each; shard:
+    int32 (n,), positions in `shards`;
     offset, size: int64 (n,), the image's bytes in its shard; label: int32 (n,), -1 where there is none;
     width, height: int32 (n,); channels: int8 (n,); crc32: uint32 (n,) of the image's bytes.
     """
@@ -78,6 +79,7 @@ class Split:
     root: str
     name: str
     shards: list[str]
+    digests: list[str]
     counts: np.ndarray
     shard: np.ndarray
     offset: np.ndarray
@@ -119,13 +121,14 @@ class Dataset:
         """The columns of one split. ValueError: no such split."""
         if name not in self.info["splits"]:
             raise ValueError(f"no split {name!r} in {self.root}: it has {', '.join(self.info['splits'])}")
-        shards, counts, rows, parts = [], [], [], []
+        shards, digests, counts, rows, parts = [], [], [], [], []
         for generation in self.info["generations"]:
             of_generation = [s for s in self.info["shards"] if s["generation"] == generation["generation"]]
             before = sum(s["samples"] for s in of_generation if s["split"] < name)
             mine = [s for s in of_generation if s["split"] == name]
             end = before + sum(s["samples"] for s in mine)
             shards += [s["name"] for s in mine]
+            digests += [s["sha256"] for s in mine]
             counts += [s["samples"] for s in mine]
             rows.append((generation["index"], before, end))
             columns = self._numbers[generation["index"]]
@@ -136,7 +139,7 @@ class Dataset:
             raise ValueError(f"{self.root}: the index has {len(joined['offset'])} rows of split {name!r}, "
                              f"{DATASET} says {counts.sum()}: build it again")  # fmt: skip
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        return Split(self.root, name, shards, counts, shard, **joined, _rows=rows)
+        return Split(self.root, name, shards, digests, counts, shard, **joined, _rows=rows)
 
     @cached_property
     def _numbers(self) -> dict[str, dict[str, np.ndarray]]:
