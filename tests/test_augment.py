@@ -2,13 +2,16 @@
 
 import io
 import itertools
+import math
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipeline.loading.augment import Augment, decode, fit, random_resized_crop, to_float, vary
+from pipeline import draw
+from pipeline.loading.augment import Augment, crop_boxes, decode, fit, random_resized_crop, to_float, vary
 
 
 def picture(height=48, width=64, channels=3, seed=0):
@@ -85,14 +88,66 @@ def test_crops_take_the_areas_and_ratios_they_should():
     assert 0.45 < tops.mean() < 0.55
 
 
-@pytest.mark.parametrize(("height", "width"), [(3, 400), (400, 3), (1, 1), (1, 90), (2, 2)])
-def test_a_crop_that_never_fits_falls_back_to_the_centre(height, width):
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (3, 400, [0, 198, 3, 4]),
+        (400, 3, [198, 0, 4, 3]),
+        (1, 90, [0, 44, 1, 1]),
+        (30, 900, [0, 430, 30, 40]),
+        (900, 30, [430, 0, 40, 30]),
+    ],
+)
+def test_where_no_crop_fits_the_largest_centred_one_is_taken(height, width, box):
+    n = np.arange(20)
+    assert crop_boxes(np.full(20, height), np.full(20, width), 0, 0 * n, n).tolist() == [box] * 20
     image = picture(height, width)
-    for row in range(20):
-        crop = random_resized_crop(image, 16, 0, 0, row)
-        assert crop.shape == (16, 16, 3)
-        if max(height, width) > 50:
-            assert np.array_equal(crop, fit(image, 16))
+    assert random_resized_crop(image, 16, 0, 0, 1).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 2), (3, 2), (5, 5), (224, 224), (341, 256), (20, 29)])
+def test_boxes_lie_inside_the_image_and_are_those_of_the_published_algorithm(height, width):
+    n = np.arange(200)
+    boxes = crop_boxes(np.full(200, height), np.full(200, width), 7, n % 3, n)
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
+    assert boxes.tolist() == [published(height, width, 7, row % 3, row) for row in range(200)]
+
+
+def published(height, width, *key):
+    """torchvision's RandomResizedCrop.get_params, step by step, with our draws in place of torch's."""
+    draws = iter(draw.uniform(draw.text_bits("augment/crop"), *key, np.arange(40)).tolist())
+    for _ in range(10):
+        area = height * width * (0.08 + 0.92 * next(draws))
+        ratio = math.exp(math.log(3 / 4) + (math.log(4 / 3) - math.log(3 / 4)) * next(draws))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        down, right = next(draws), next(draws)
+        if 0 < w <= width and 0 < h <= height:
+            return [int(down * (height - h + 1)), int(right * (width - w + 1)), h, w]
+    w, h = width, height
+    if width / height < 3 / 4:
+        h = round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w = round(height * (4 / 3))
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_jpeg_decoded_smaller_is_the_same_picture(shrink, channels):
+    pixels = picture(1203, 1605, channels)
+    small, whole = decode(coded(pixels, "JPEG"), channels, shrink), decode(coded(pixels, "JPEG"), channels)
+    assert small.shape == (-(-1203 // shrink), -(-1605 // shrink), channels)
+    expected = cv2.resize(whole, small.shape[1::-1], interpolation=cv2.INTER_AREA).reshape(small.shape)
+    assert np.abs(small.astype(int) - expected).mean() < 1.5
+
+
+def test_room_is_used_where_it_is_large_enough():
+    data, room = coded(picture(), "JPEG"), np.zeros(48 * 64 * 3, np.uint8)
+    assert np.shares_memory(decode(data, 3, room=room), room)
+    assert np.array_equal(decode(data, 3, room=room[:-1]), decode(data, 3, room=room))
+    assert not np.shares_memory(decode(data, 3, room=room[:-1]), room)
 
 
 def test_a_crop_depends_on_its_key_alone():

@@ -6,12 +6,14 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import wait_for
 
 from pipeline import storage
 from pipeline.loading.augment import Augment, decode, fit
+from pipeline.loading.kept import Kept
 from pipeline.loading.loader import Loader, Reader, fixed_batches
 from pipeline.loading.order import Batching, Order
 from pipeline.shards import index, tar
@@ -200,7 +202,7 @@ def test_a_read_that_failed_once_is_repeated(copied):
     reader = Reader(copied, AUGMENTS["plain"])
     window = bytearray(reader.fetch(0, 16))
     window[: int(copied.size[0])] = bytes(int(copied.size[0]))
-    batch = reader.batch(np.arange(16), np.zeros(16, np.int64), [bytes(window)] * 16)
+    batch, _ = reader.batch(np.arange(16), np.zeros(16, np.int64), [bytes(window)] * 16)
     assert batch.weights.tolist() == [1.0] * 16
     assert not reader.quarantined
 
@@ -263,7 +265,7 @@ def test_images_of_many_sizes_and_both_kinds_of_colour_go_into_one_batch(photos,
     split = index.load(photos).split("train")
     assert len(set(zip(split.width.tolist(), split.height.tolist(), strict=True))) > 10
     assert set(split.channels.tolist()) == {1, 3}
-    augment = Augment(24, channels, crop=crop, flip=crop != "none")
+    augment = Augment(24, channels, crop=crop, flip=crop != "none", exact_decode=crop == "none")
     found = steps_of(split, augment, Batching(32, 2), 0, 4)
     again = steps_of(split, augment, Batching(32, 2, 2), 0, 4, 3)
     assert all(same(found[at], again[at]) for at in found)
@@ -292,6 +294,62 @@ def test_from_s3_as_from_disk(digits, train, unbroken, s3):
     assert all(same(found[at], unbroken["resized"][at]) for at in found)
     for one, two in zip(*(fixed_batches(s, AUGMENTS["plain"], 600) for s in (split, train)), strict=True):
         assert same(one, two)
+
+
+# ---- memory
+
+
+def test_a_small_dataset_is_read_in_its_first_epoch_alone(train, monkeypatch):
+    for name in ("plain", "resized"):
+        loader = Loader(train, AUGMENTS[name], 3, Batching(256, 4))
+        steps = iter(loader)
+        first = [next(steps) for _ in range(7)]  # more than one epoch
+        assert first[-1].number * 256 < len(train) < (first[-1].number + 1) * 256
+        pending = [next(steps) for _ in range(loader.ahead)]  # planned while some rows were missing still
+        with monkeypatch.context() as without:
+            without.setattr(storage, "read_range", None)
+            kept = {}
+            for _ in range(8):
+                step = next(steps)
+                kept |= {(step.number, j): batch for j, batch in zip(step.own, step.micro_batches, strict=True)}
+        steps.close()
+        assert pending
+        fresh = steps_of(train, AUGMENTS[name], Batching(256, 4), min(kept)[0], max(kept)[0] + 1)
+        assert all(same(kept[at], fresh[at]) for at in fresh)
+
+
+def test_what_is_too_large_or_of_many_sizes_is_not_kept(train, photos):
+    assert Kept(train, 1)._pixels.nbytes == len(train) * 32 * 32
+    assert Kept(train, 1, limit=len(train) * 32 * 32 - 1)._pixels is None
+    assert Kept(index.load(photos).split("train"), 3)._pixels is None
+
+
+def test_memory_of_batches_is_used_again_once_they_are_let_go_and_not_before(train, monkeypatch):
+    steps = iter(Loader(train, AUGMENTS["resized"], 3, Batching(64), ahead=2))
+    held = [next(steps).micro_batches[0].images for _ in range(12)]
+    assert len({images.data_ptr() for images in held}) == 12
+    copies = [images.clone() for images in held]
+    met = set()
+    for _ in range(12):
+        met.add(next(steps).micro_batches[0].images.data_ptr())
+    assert all(torch.equal(images, copy) for images, copy in zip(held, copies, strict=True))
+    assert len(met) <= 4
+    one = held[0][5]  # a view keeps its batch
+    del held
+    for _ in range(12):
+        next(steps)
+    assert torch.equal(one, copies[0][5])
+    steps.close()
+
+
+def test_windows_are_let_go_with_their_last_sample(train, monkeypatch):
+    monkeypatch.setattr(Kept, "put", lambda *_: None)
+    loader = Loader(train, AUGMENTS["plain"], 3, Batching(64), ahead=1)
+    steps = iter(loader)
+    while loader.position + 64 < len(train):
+        next(steps)
+    assert len(loader._windows._held) <= 64
+    steps.close()
 
 
 # ---- threads

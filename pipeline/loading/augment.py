@@ -1,7 +1,7 @@
 """An image's bytes -> the uint8 pixels training sees, and from there to floats on the device.
 
 Every random number is keyed by (seed, epoch, sample), so a sample's pixels do not depend on rank, thread, batch or
-restart. `random_resized_crop` follows torchvision's published algorithm (scale and log-ratio uniform, ten tries).
+restart.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ import torch
 from pipeline import draw
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism
+
+JPEG = b"\xff\xd8"  # how one begins
+_SOFT = 1.25
 
 CROPS = ("none", "pad", "resized")
 _FLIP, _SHIFT, _CROP = (draw.text_bits(f"augment/{use}") for use in ("flip", "shift", "crop"))
@@ -33,6 +36,9 @@ class Augment:
     """Greatest shift in px of --crop pad."""
     flip: bool = False
     """Mirror half of the images, left to right."""
+    exact_decode: bool = False
+    """Decode every JPEG in full. Else one of which twice the pixels needed are left is decoded to a half, a quarter or
+    an eighth of its sides: faster, and not the same to the last bit."""
 
     def __post_init__(self):
         if self.crop not in CROPS:
@@ -44,10 +50,18 @@ class Augment:
             )
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
-    """JPEG or PNG bytes -> uint8 (height, width, channels). Raises ValueError if they are neither, or damaged."""
-    if data[:2] == b"\xff\xd8":
-        return simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB")
+def decode(data, channels: int, shrink: int = 1, room: np.ndarray | None = None) -> np.ndarray:
+    """JPEG or PNG bytes -> uint8 (height, width, channels). Raises ValueError if they are neither, or damaged.
+
+    data: bytes or a view of some; shrink: 1, or 2, 4, 8 to have a JPEG decoded to that part of its sides (rounded up),
+    which saves most of the inverse transform; room: uint8 (n,), where a JPEG's pixels are put if it is large enough.
+    Fresh memory for each image would cost a fifth of its decoding in page faults.
+    """
+    if data[:2] == JPEG:
+        height, width = jpeg_size(data)
+        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
+        buffer = room if room is not None and height * width * channels <= len(room) else None
+        return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", buffer=buffer, **least)
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
@@ -56,6 +70,11 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     if image is None:
         raise ValueError("neither a JPEG nor a PNG that can be decoded")
     return image if image.ndim == 3 else image[:, :, None]
+
+
+def jpeg_size(data) -> tuple[int, int]:
+    """(height, width) of a JPEG by its header. Raises ValueError if it has none."""
+    return simplejpeg.decode_jpeg_header(data)[:2]
 
 
 def fit(image: np.ndarray, side: int) -> np.ndarray:
@@ -71,19 +90,59 @@ def fit(image: np.ndarray, side: int) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def random_resized_crop(image: np.ndarray, side: int, *key: int) -> np.ndarray:
-    """A keyed random area (8-100 %, aspect 3/4-4/3) resized to (side, side, c), else the centre as `fit` takes it."""
-    height, width = image.shape[:2]
-    tries = draw.uniform(_CROP, *key, np.arange(40)).reshape(10, 4)
-    area = height * width * (0.08 + 0.92 * tries[:, 0])
-    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * tries[:, 1])
-    w, h = np.rint(np.sqrt(area * ratio)).astype(int), np.rint(np.sqrt(area / ratio)).astype(int)
-    fits = np.flatnonzero((w > 0) & (w <= width) & (h > 0) & (h <= height))
-    if not len(fits):
-        return fit(image, side)
-    t = fits[0]
-    top, left = int(tries[t, 2] * (height - h[t] + 1)), int(tries[t, 3] * (width - w[t] + 1))
-    return _resize(image[top : top + h[t], left : left + w[t]], side, side)
+def crop_boxes(heights: np.ndarray, widths: np.ndarray, seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The keyed random areas of images of these sizes: int64 (n, 4) of top, left, height, width in px.
+
+    As torchvision's RandomResizedCrop draws them: 8-100 % of the area, aspect 3/4-4/3, ten tries, else the largest
+    centred area of such an aspect.
+    """
+    tries = draw.uniform(_CROP, seed, epochs[:, None], rows[:, None], np.arange(40)).reshape(-1, 10, 4)
+    heights, widths = heights.astype(np.int64)[:, None], widths.astype(np.int64)[:, None]
+    area = heights * widths * (0.08 + 0.92 * tries[..., 0])
+    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * tries[..., 1])
+    w, h = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+    first = fits.argmax(1)[:, None]
+    h, w, down, right = (np.take_along_axis(x, first, 1) for x in (h, w, tries[..., 2], tries[..., 3]))
+    top, left = (down * (heights - h + 1)).astype(np.int64), (right * (widths - w + 1)).astype(np.int64)
+    least_h = np.minimum(heights, np.maximum(1, np.rint(widths / (3 / 4)).astype(np.int64)))
+    least_w = np.minimum(widths, np.maximum(1, np.rint(heights * (4 / 3)).astype(np.int64)))
+    centre = [(heights - least_h) // 2, (widths - least_w) // 2, least_h, least_w]
+    drawn = np.concatenate([top, left, h, w], 1)
+    return np.where(fits.any(1)[:, None], drawn, np.concatenate(centre, 1))
+
+
+def flips(seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Which images are mirrored: bool (n,), half of them."""
+    return draw.uniform(_FLIP, seed, epochs, rows) < 0.5
+
+
+def shrinkable(height: int, width: int, side: int) -> int:
+    """8, 4, 2 or 1: by how much an area of this size may be shrunk while decoding, and still fill `side` px."""
+    least = min(height, width)
+    return next(k for k in (8, 4, 2, 1) if k == 1 or least >= k * side)
+
+
+def crop_into(image: np.ndarray, box: list[int], mirrored: bool, out: np.ndarray) -> None:
+    """The area `box` (top, left, height, width) of uint8 (h, w, c), resized to fill `out` (side, side, c)."""
+    top, left, height, width = box
+    side = out.shape[0]
+    area = image[top : top + height, left : left + width]
+    # OpenCV's area filter takes five times the linear one's time; in small reductions they are hard to tell apart.
+    soft = height < _SOFT * side and width < _SOFT * side
+    flat = out[:, :, 0] if out.shape[2] == 1 else out  # OpenCV knows no axis of one channel
+    cv2.resize(area, (side, side), dst=flat, interpolation=cv2.INTER_LINEAR if soft else cv2.INTER_AREA)
+    if mirrored:
+        cv2.flip(flat, 1, dst=flat)
+
+
+def random_resized_crop(image: np.ndarray, side: int, seed: int, epoch: int, row: int) -> np.ndarray:
+    """A keyed random area (`crop_boxes`) resized to (side, side, c)."""
+    height, width, channels = image.shape
+    out = np.empty((side, side, channels), np.uint8)
+    box = crop_boxes(np.array([height]), np.array([width]), seed, np.array([epoch]), np.array([row]))[0]
+    crop_into(image, box.tolist(), False, out)
+    return out
 
 
 def vary(images: np.ndarray, augment: Augment, seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -96,8 +155,8 @@ def vary(images: np.ndarray, augment: Augment, seed: int, epochs: np.ndarray, ro
         down, right = down.clip(0, side - 1), right.clip(0, side - 1)
         images = images[np.arange(n)[:, None, None], down[:, :, None], right[:, None, :]]
     if augment.flip:
-        mirrored = draw.uniform(_FLIP, seed, epochs, rows) < 0.5
-        images[mirrored] = images[mirrored, :, ::-1]
+        for i in np.flatnonzero(flips(seed, epochs, rows)).tolist():
+            cv2.flip(images[i], 1, dst=images[i])
     return images
 
 

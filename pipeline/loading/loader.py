@@ -7,34 +7,22 @@ Threads, not processes: the codecs release the GIL, and nothing is left behind b
 position; a loader made at any position costs the same, because every sample is found by index.
 """
 
-import warnings
-import zlib
+import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from pipeline import storage
-from pipeline.loading.augment import Augment, decode, fit, random_resized_crop, vary
+from pipeline.loading.augment import Augment
 from pipeline.loading.order import LANES, Batching, Order
+from pipeline.loading.reader import Batch, Buffers, Reader
 from pipeline.shards.index import Split
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples that are computed together, a micro-batch of a step or a batch of an evaluation.
-
-    images: uint8 (n, side, side, channels); labels: int64 (n,), -1 without classes; weights: float32 (n,), 0 where a
-    neighbour stands in for a sample that went bad or fills up the last batch; rows: int64 (n,), samples of the split.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
-    rows: np.ndarray
+__all__ = ["Batch", "Loader", "Reader", "Step", "fixed_batches"]
+_FETCHERS, _LOCAL_FETCHERS = 32, 4  # reads under way at once: a store is far away
 
 
 @dataclass(frozen=True)
@@ -46,103 +34,38 @@ class Step:
     micro_batches: list[Batch]
 
 
-@dataclass
-class Reader:
-    """Samples of a split as pixels. `quarantined` collects (shard, key, reason) of those that could not be read."""
+class _Windows:
+    """Bytes of windows, fetched once and dropped when the last of their samples was drawn."""
 
-    split: Split
-    augment: Augment
-    quarantine_limit: int = 100
-    quarantined: dict[int, tuple[str, str, str]] = field(default_factory=dict)
+    def __init__(self, most: int):
+        self.most = most  # what a loader begun inside an epoch holds of windows it will not use up
+        self._held: OrderedDict[tuple[int, int], list] = OrderedDict()  # [Future, samples still to be drawn]
 
-    def stored(self, row: int) -> np.ndarray:
-        """The image of a row as it is stored: uint8 (h, w, c). Raises ValueError if it is damaged."""
-        data = self.fetch(row, row + 1)
-        if zlib.crc32(data) != self.split.crc32[row]:
-            raise ValueError(f"{self.split.shards[self.split.shard[row]]} is damaged at {self.split.keys[row]}")
-        return decode(data, int(self.split.channels[row]))
-
-    def fetch(self, start: int, end: int) -> bytes:
-        """The bytes from row `start` to row `end` - 1, which lie in one shard: one ranged read."""
-        split = self.split
-        path = storage.join(split.root, split.shards[split.shard[start]])
-        last = end - 1
-        return storage.read_range(path, int(split.offset[start]), int(split.offset[last] + split.size[last]))
-
-    def pixels(self, row: int, data: bytes, crc32: int, crop_key: tuple | None) -> np.ndarray | None:
-        """The image of `row` from its bytes; None if it is bad, even fetched afresh."""
-        side, channels = self.augment.image_size, self.augment.channels
-        try:
-            if zlib.crc32(data) != crc32:
-                data = self.fetch(row, row + 1)
-                if zlib.crc32(data) != crc32:
-                    raise ValueError("its bytes do not match the checksum in the index")
-            image = decode(data, channels)
-            return fit(image, side) if crop_key is None else random_resized_crop(image, side, *crop_key)
-        except ValueError as reason:
-            self._quarantine(row, str(reason))
-            return None
-
-    def batch(
-        self, rows: np.ndarray, starts: np.ndarray, windows, seed: int = 0, epochs: np.ndarray | None = None
-    ) -> Batch:
-        """Rows as a Batch. `windows`: for each row the bytes (or a Future of them) of a window that begins at row
-        `starts`; epochs None: no augmenting. Raises ValueError when not one sample of it can be read.
-        """
-        side, channels, split = self.augment.image_size, self.augment.channels, self.split
-        images = np.empty((len(rows), side, side, channels), np.uint8)
-        weights = np.ones(len(rows), np.float32)
-        cropping = epochs is not None and self.augment.crop == "resized"
-        # As lists: indexing numpy arrays number by number would cost as much as decoding a small image.
-        begins, ends = (
-            split.offset[rows] - split.offset[starts],
-            split.offset[rows] - split.offset[starts] + split.size[rows],
-        )
-        columns = (rows.tolist(), begins.tolist(), ends.tolist(), split.crc32[rows].tolist(), windows)
-        for i, (row, begin, end, crc32, window) in enumerate(zip(*columns, strict=True)):
-            window = window.result() if isinstance(window, Future) else window
-            image = self.pixels(row, window[begin:end], crc32, (seed, int(epochs[i]), row) if cropping else None)
-            if image is None:
-                weights[i] = 0
+    def get(self, windows: list[tuple[int, int]], fetch) -> list[Future]:
+        found = []
+        for window in windows:
+            held = self._held.get(window)
+            if held is None:
+                held = self._held[window] = [fetch(window), window[1] - window[0]]
+            held[1] -= 1
+            found.append(held[0])
+            if held[1] == 0:
+                del self._held[window]
             else:
-                images[i] = image
-        rows = self._stand_in(rows, images, weights)
-        if epochs is not None:
-            images = vary(images, self.augment, seed, epochs, rows)
-        labels = torch.from_numpy(self.split.label[rows].astype(np.int64))
-        return Batch(torch.from_numpy(images), labels, torch.from_numpy(weights), rows)
+                self._held.move_to_end(window)
+        while len(self._held) > self.most:
+            self._held.popitem(last=False)
+        return found
 
-    def _stand_in(self, rows: np.ndarray, images: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        bad = np.flatnonzero(weights == 0)
-        if not len(bad):
-            return rows
-        good = np.flatnonzero(weights)
-        if not len(good):
-            raise ValueError(f"no sample of a whole batch can be read; the first: {self._name(int(rows[0]))}")
-        neighbour = good[np.searchsorted(good, bad) % len(good)]
-        images[bad], rows = images[neighbour], rows.copy()
-        rows[bad] = rows[neighbour]
-        return rows
-
-    def _quarantine(self, row: int, reason: str) -> None:
-        shard = self.split.shards[self.split.shard[row]]
-        if row not in self.quarantined:
-            self.quarantined[row] = (shard, str(self.split.keys[row]), reason)
-            warnings.warn(f"sample set aside: {self._name(row)}", stacklevel=2)
-        if len(self.quarantined) > self.quarantine_limit:
-            raise ValueError(
-                f"{len(self.quarantined)} samples of {self.split.root} could not be read, the last {self._name(row)}: "
-                f"the shards are damaged; shard them again"
-            )
-
-    def _name(self, row: int) -> str:
-        return ", ".join(self.quarantined[row])
+    def clear(self) -> None:
+        self._held.clear()
 
 
 class Loader:
     """Endless steps of a split from `position` (samples seen, a multiple of the batch) on, for one rank.
 
-    `augment` must have its image_size and channels resolved. `threads` decode; `ahead` steps are prepared in advance.
+    `augment` must have its image_size and channels resolved. `threads` decode; `ahead` steps are prepared in advance
+    (None: enough to keep the threads busy); cache: a `cache.Cache` for shards in a store; pinned: as `Buffers` has it.
     """
 
     def __init__(
@@ -154,46 +77,77 @@ class Loader:
         rank: int = 0,
         position: int = 0,
         threads: int = 2,
-        ahead: int = 6,
+        ahead: int | None = None,
+        cache=None,
+        pinned: bool = False,
     ):
         if position % batching.batch:
             raise ValueError(f"position {position} is not a multiple of the batch {batching.batch}: steps begin there")
         self.split, self.seed, self.batching, self.rank = split, seed, batching, rank
-        self.threads, self.ahead, self.step = threads, ahead, position // batching.batch
-        self.order, self.reader = Order(split.counts, seed), Reader(split, augment)
+        self.threads, self.step = threads, position // batching.batch
+        self.ahead = ahead or 1 + -(-(threads + 1) // len(batching.own(rank)))
+        self.order = Order(split.counts, seed)
+        self.reader = Reader(split, augment, buffers=Buffers(pinned), cache=cache)
         lanes = len(batching.own(rank)) * LANES // batching.micro_batches
-        self._windows: OrderedDict[tuple[int, int], Future] = OrderedDict()
-        self._most = 2 * lanes * self.order.open_windows + batching.batch  # twice those open, so none open is dropped
+        self._windows = _Windows(lanes * self.order.open_windows * 3 // 2 + batching.batch)
+        self._seconds = {"planning": 0.0, "waiting": 0.0, "consumer": 0.0, "fetch": 0.0, "decode": 0.0}
 
     def __iter__(self) -> Iterator[Step]:
-        fetchers, decoders = ThreadPoolExecutor(max(4, self.threads)), ThreadPoolExecutor(self.threads)
-        pending, own = deque(), self.batching.own(self.rank)
+        fetchers = ThreadPoolExecutor(_FETCHERS if storage.is_remote(self.split.root) else _LOCAL_FETCHERS)
+        decoders = ThreadPoolExecutor(self.threads)
+        pending, own, clock = deque(), self.batching.own(self.rank), time.perf_counter
+        spent = self._seconds
         try:
             while True:
+                begin = clock()
                 while len(pending) < self.ahead:
                     number = self.step + len(pending)
                     pending.append([self._prepare(number, j, fetchers, decoders) for j in own])
-                step = Step(self.step, own, [future.result() for future in pending.popleft()])
+                planned = clock()
+                made = [future.result() for future in pending.popleft()]
+                ready = clock()
+                spent["planning"] += planned - begin
+                spent["waiting"] += ready - planned
+                for _, fetched, decoded in made:
+                    spent["fetch"] += fetched
+                    spent["decode"] += decoded
+                step = Step(self.step, own, [batch for batch, *_ in made])
+                del made
                 self.step += 1
                 yield step
+                del step  # its buffers are free as soon as the caller has no more use for them
+                spent["consumer"] += clock() - ready
         finally:
             for pool in (decoders, fetchers):
                 pool.shutdown(wait=False, cancel_futures=True)
             self._windows.clear()  # some were cancelled, and would fail whoever iterates again
 
+    @property
+    def position(self) -> int:
+        """Samples seen: all there is to save, and what a loader that goes on from here is made with."""
+        return self.step * self.batching.batch
+
+    def report(self) -> dict:
+        """Where time went so far, in seconds: `waiting` (the consumer waited for a batch), `consumer` (it was busy),
+        `planning` (it drew the order), and summed over the threads `fetch` (decoders waited for bytes) and `decode`;
+        `set_aside`: bad samples; of a cache its `hits` and `misses` in bytes."""
+        cache = self.reader.cache
+        counted = {"hits": cache.hits, "misses": cache.misses} if cache else {}
+        return self._seconds | {"set_aside": len(self.reader.quarantined)} | counted
+
     def _prepare(self, number: int, micro_batch: int, fetchers, decoders) -> Future:
         positions = self.batching.positions(number, micro_batch)
         rows, starts, ends = self.order.samples(positions)
-        windows = []
-        for window in zip(starts.tolist(), ends.tolist(), strict=True):
-            future = self._windows.get(window)
-            if future is None:
-                future = self._windows[window] = fetchers.submit(self.reader.fetch, *window)
-            self._windows.move_to_end(window)
-            windows.append(future)
-        while len(self._windows) > self._most:
-            self._windows.popitem(last=False)
-        return decoders.submit(self.reader.batch, rows, starts, windows, self.seed, positions // self.order.n)
+        windows = [None] * len(rows)
+        if not self.reader.kept.has(rows).all():
+            places = list(zip(starts.tolist(), ends.tolist(), strict=True))
+            windows = self._windows.get(places, lambda window: fetchers.submit(self.reader.fetch, *window))
+        return decoders.submit(self._make, rows, starts, windows, positions // self.order.n)
+
+    def _make(self, rows, starts, windows, epochs) -> tuple[Batch, float, float]:
+        begin = time.perf_counter()
+        batch, waited = self.reader.batch(rows, starts, windows, self.seed, epochs)
+        return batch, waited, time.perf_counter() - begin - waited
 
 
 def fixed_batches(
@@ -217,7 +171,7 @@ def fixed_batches(
             windows += [reader.fetch(int(of_shard[0]), int(of_shard[-1]) + 1)] * len(of_shard)
         missing = size - len(rows)
         rows, starts = (np.pad(numbers, (0, missing), mode="edge") for numbers in (rows, starts))
-        batch = reader.batch(rows, starts, windows + windows[-1:] * missing)
+        batch, _ = reader.batch(rows, starts, windows + windows[-1:] * missing)
         batch.weights[size - missing :] = 0
         return batch
 
