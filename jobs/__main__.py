@@ -8,6 +8,7 @@ VERBS = {
     "shard": "raw images -> webdataset tar shards and an index",
     "inspect": "what a dataset holds; --preview draws it",
     "verify": "read a dataset again, compare it with its checksums, repair it",
+    "audit": "prove that every world size draws the same samples, each once an epoch; check what a run drew",
     "train": "train a preset on a dataset; the same command again resumes",
     "evaluate": "score a run's best checkpoint on a split",
     "sample": "draw images from a trained GAN",

@@ -225,3 +225,13 @@ def test_floats_are_the_pixels_less_the_mean_over_the_deviation(channels):
 def test_a_bad_option_is_named(options, said):
     with pytest.raises(ValueError, match=said):
         Augment(**options)
+
+
+def test_images_grow_from_epoch_to_epoch_as_asked():
+    grown = Augment(192, start_size=160, ramp_from=35, ramp_to=41)
+    assert [grown.side(e) for e in (0, 34, 35, 37, 38, 39, 40, 41, 90)] == [160] * 4 + [192] * 5
+    assert [Augment(32, start_size=16, ramp_to=4).side(e) for e in range(6)] == [16, 20, 24, 28, 32, 32]
+    assert Augment(28).side(3) == 28
+    for wrong in ({"start_size": 33}, {"start_size": -1}, {"ramp_from": 3, "ramp_to": 2}, {"ramp_from": -1}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+            Augment(32, **wrong)

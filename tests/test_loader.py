@@ -296,6 +296,15 @@ def test_from_s3_as_from_disk(digits, train, unbroken, s3):
         assert same(one, two)
 
 
+def test_all_images_of_a_step_have_the_side_of_its_first_sample_s_epoch(train):
+    augment = Augment(32, 1, crop="resized", start_size=16, ramp_to=2)
+    found = steps_of(train, augment, Batching(256, 2), 0, 14)
+    sides = [found[step, 0].images.shape[1] for step in range(14)]
+    assert sides == [augment.side(step * 256 // len(train)) for step in range(14)]
+    assert set(sides) == {16, 24, 32}
+    assert all(found[step, 1].images.shape[1] == side for step, side in enumerate(sides))
+
+
 # ---- memory
 
 

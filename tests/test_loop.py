@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.loading import audit
 from pipeline.loading.loader import Batch, Step
 from pipeline.training.checkpoint import snapshot
 from pipeline.training.loop import LoopConfig, take_phase, total_steps, train
@@ -247,6 +248,50 @@ def test_a_run_stopped_and_gone_on_ends_as_one_unbroken(kind):
     task.load(snapshot(state)["task"])
     again, _ = run(config, task, start=samples // 16)
     assert differences(again[-1][0], saves[-1][0]) == {}
+
+
+# ---- what a row says of the samples
+
+
+def rows_of(config, kind="cnn", steps=None, world=None):
+    rows, world = [], world or World()
+    steps = steps or steps_of(config, world.rank, world.size)
+    train(config, SGD, KINDS[kind](), steps, SAMPLES, world, dict, None, rows.append)
+    return rows
+
+
+def expected_digest(step, batch, less=()):
+    """Of one step of `steps_of`, without the positions `less`."""
+    positions = np.setdiff1d(np.arange(step * batch, (step + 1) * batch), less)
+    return audit.written(audit.digest(audit.digest_parts(positions // SAMPLES, positions % SAMPLES)))
+
+
+@pytest.mark.parametrize("kind", ["cnn", "gan"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_each_row_has_the_digest_of_the_samples_of_all_ranks_once(kind, size):
+    config = LoopConfig(epochs=1.5, batch=20, micro_batches=4)  # step 5 holds samples of two epochs
+    expected = [expected_digest(step, 20) for step in range(8)]
+    for rows in Threads(size).run(lambda world: rows_of(config, kind, world=world)):
+        assert [row["samples_digest"] for row in rows] == expected
+        assert not any("set_aside" in row for row in rows)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_samples_set_aside_are_counted_and_their_stand_ins_are_not_in_the_digest(size):
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2)
+
+    def with_bad_ones(world):
+        for step in steps_of(config, world.rank, world.size):
+            for batch in step.micro_batches:
+                if step.number == 2:  # places 0 and 1 of each micro-batch: positions 32 to 35
+                    batch.weights[:2] = 0
+                    batch.rows[:2] = batch.rows[5]
+            yield step
+
+    for rows in Threads(size).run(lambda world: rows_of(config, steps=with_bad_ones(world), world=world)):
+        assert [row.get("set_aside") for row in rows] == [None, None, 4, None, None, None]
+        expected = [expected_digest(step, 16, less=range(32, 36)) for step in range(6)]
+        assert [row["samples_digest"] for row in rows] == expected
 
 
 # ---- failures

@@ -1,5 +1,7 @@
 """Order is a function: every epoch a permutation, the same steps at every world size, no memory of the past."""
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,6 +119,26 @@ def test_order_of_a_seed_never_changes_between_releases():
         169,
         172,
     ], why
+
+
+@pytest.mark.parametrize(
+    ("counts", "seed", "window", "open_windows", "first", "end", "crc32"),
+    [
+        ([1000] * 20, 3, 16, 8, 0, 2, 945413094),
+        ([0, 977, 1, 5000, 313, 0, 4000], 7, 16, 8, 4, 6, 1774178843),
+        ([40, 0, 10, 300], 2, 16, 8, 0, 3, 148324401),
+        ([7, 3] * 30, 9, 2, 1, 5, 8, 51768984),
+    ],
+)
+def test_rows_and_windows_of_a_seed_never_change(counts, seed, window, open_windows, first, end, crc32):
+    order = Order(counts, seed, window, open_windows)
+    drawn = order.samples(np.arange(first * order.n, end * order.n))
+    assert zlib.crc32(drawn.astype("<i8").tobytes()) == crc32
+
+
+def test_augmentation_is_keyed_by_the_epoch_where_each_sample_is_there_once():
+    order = Order([90, 100], seed=1)
+    assert np.array_equal(order.epochs(np.arange(570)), np.repeat([0, 1, 2], 190))
 
 
 def test_a_shard_stays_with_its_lanes_for_the_whole_run():

@@ -295,3 +295,12 @@ def test_run_and_data_on_s3_as_on_disk(digits, whole, s3):
     trained(run, runs.cnn(), storage.join(root, "data"))
     assert runs.ends_alike(run, str(whole / "cnn"))
     assert runs.numbers(run) == runs.numbers(str(whole / "cnn"))
+
+
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_growing_images_are_refused_for_a_model_of_one_size(digits, tmp_path, kind):
+    config = runs.KINDS[kind]()
+    config = replace(config, augment=replace(config.augment, image_size=32, start_size=16, ramp_to=1))
+    with pytest.raises(ValueError, match="--start-size 16: the model takes images of 32 px only"):
+        start(str(tmp_path / "run"), "test", config, digits, 0)
+    assert not (tmp_path / "run").exists()

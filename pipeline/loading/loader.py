@@ -17,8 +17,10 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.loading.augment import Augment
+from pipeline.loading.cache import Cache
 from pipeline.loading.order import LANES, Batching, Order
 from pipeline.loading.reader import Batch, Buffers, Reader
+from pipeline.loading.selection import Draws
 from pipeline.shards.index import Split
 
 __all__ = ["Batch", "Loader", "Reader", "Step", "fixed_batches"]
@@ -65,7 +67,8 @@ class Loader:
     """Endless steps of a split from `position` (samples seen, a multiple of the batch) on, for one rank.
 
     `augment` must have its image_size and channels resolved. `threads` decode; `ahead` steps are prepared in advance
-    (None: enough to keep the threads busy); cache: a `cache.Cache` for shards in a store; pinned: as `Buffers` has it.
+    (None: enough to keep the threads busy); cache: for shards in a store; pinned: as `Buffers` has it; draws: how often
+    epochs hold each row, None: once.
     """
 
     def __init__(
@@ -78,22 +81,24 @@ class Loader:
         position: int = 0,
         threads: int = 2,
         ahead: int | None = None,
-        cache=None,
+        cache: Cache | None = None,
         pinned: bool = False,
+        draws: Draws | None = None,
     ):
         if position % batching.batch:
             raise ValueError(f"position {position} is not a multiple of the batch {batching.batch}: steps begin there")
         self.split, self.seed, self.batching, self.rank = split, seed, batching, rank
         self.threads, self.step = threads, position // batching.batch
         self.ahead = ahead or 1 + -(-(threads + 1) // len(batching.own(rank)))
-        self.order = Order(split.counts, seed)
+        self.order = Order(split.counts, seed, joined=split.joined, draws=draws)
         self.reader = Reader(split, augment, buffers=Buffers(pinned), cache=cache)
         lanes = len(batching.own(rank)) * LANES // batching.micro_batches
         self._windows = _Windows(lanes * self.order.open_windows * 3 // 2 + batching.batch)
         self._seconds = {"planning": 0.0, "waiting": 0.0, "consumer": 0.0, "fetch": 0.0, "decode": 0.0}
 
     def __iter__(self) -> Iterator[Step]:
-        fetchers = ThreadPoolExecutor(_FETCHERS if storage.is_remote(self.split.root) else _LOCAL_FETCHERS)
+        remote = any(storage.is_remote(self.split.path(shard)) for shard in self.split.shards)
+        fetchers = ThreadPoolExecutor(_FETCHERS if remote else _LOCAL_FETCHERS)
         decoders = ThreadPoolExecutor(self.threads)
         pending, own, clock = deque(), self.batching.own(self.rank), time.perf_counter
         spent = self._seconds
@@ -142,16 +147,24 @@ class Loader:
         if not self.reader.kept.has(rows).all():
             places = list(zip(starts.tolist(), ends.tolist(), strict=True))
             windows = self._windows.get(places, lambda window: fetchers.submit(self.reader.fetch, *window))
-        return decoders.submit(self._make, rows, starts, windows, positions // self.order.n)
+        # One side for all of a step, whose samples may be of two epochs.
+        side = self.reader.augment.side(number * self.batching.batch // self.order.n)
+        return decoders.submit(self._make, rows, starts, windows, self.order.epochs(positions), side)
 
-    def _make(self, rows, starts, windows, epochs) -> tuple[Batch, float, float]:
+    def _make(self, rows, starts, windows, epochs, side) -> tuple[Batch, float, float]:
         begin = time.perf_counter()
-        batch, waited = self.reader.batch(rows, starts, windows, self.seed, epochs)
+        batch, waited = self.reader.batch(rows, starts, windows, self.seed, epochs, side)
         return batch, waited, time.perf_counter() - begin - waited
 
 
 def fixed_batches(
-    split: Split, augment: Augment, size: int, rank: int = 0, world: int = 1, threads: int = 2
+    split: Split,
+    augment: Augment,
+    size: int,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 2,
+    cache: Cache | None = None,
 ) -> Iterator[Batch]:
     """Evaluation batches: rows in index order cut into batches of `size`, batch k for rank k % world.
 
@@ -159,16 +172,15 @@ def fixed_batches(
     every computation has the same shape at every world size and each sample counts once. An unreadable sample is an
     error here: a score over fewer samples than it claims would be a lie.
     """
-    reader = Reader(split, augment, quarantine_limit=0)
+    reader = Reader(split, augment, quarantine_limit=0, cache=cache)
     starts = range(rank * size, len(split), world * size)
 
     def load(start: int) -> Batch:
         rows = np.arange(start, min(start + size, len(split)))
         starts, windows = np.empty_like(rows), []
-        for shard in np.unique(split.shard[rows]):
-            of_shard = rows[split.shard[rows] == shard]
-            starts[of_shard - rows[0]] = of_shard[0]
-            windows += [reader.fetch(int(of_shard[0]), int(of_shard[-1]) + 1)] * len(of_shard)
+        for piece in np.split(rows, 1 + np.flatnonzero(~split.joined(rows[:-1], rows[1:]))):
+            starts[piece - rows[0]] = piece[0]
+            windows += [reader.fetch(int(piece[0]), int(piece[-1]) + 1)] * len(piece)
         missing = size - len(rows)
         rows, starts = (np.pad(numbers, (0, missing), mode="edge") for numbers in (rows, starts))
         batch, _ = reader.batch(rows, starts, windows + windows[-1:] * missing)

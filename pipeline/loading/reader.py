@@ -19,6 +19,8 @@ import torch
 from pipeline import storage
 from pipeline.loading import augment as aug
 from pipeline.loading.augment import Augment
+from pipeline.loading.cache import Cache
+from pipeline.loading.fetching import read_patiently
 from pipeline.loading.kept import Kept
 from pipeline.shards.index import Split
 
@@ -72,7 +74,7 @@ class Reader:
     augment: Augment
     quarantine_limit: int = 100
     buffers: Buffers = field(default_factory=Buffers)
-    cache: object = None
+    cache: Cache | None = None
     quarantined: dict[int, tuple[str, str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -87,14 +89,18 @@ class Reader:
 
     def fetch(self, start: int, end: int) -> bytes:
         """The bytes from row `start` to row `end` - 1, which lie in one shard: one ranged read."""
-        return storage.read_range(*self._where(start, end)[:3])
+        path, begin, stop, shard = self._where(start, end)
+        if not storage.is_remote(path):
+            return storage.read_range(path, begin, stop)
+        if self.cache:
+            return self.cache.read_range(path, begin, stop, self.split.digests[shard], self.split.shard_bytes[shard])
+        return read_patiently(path, begin, stop)
 
-    def _where(self, start: int, end: int) -> tuple[str, int, int, str]:
-        """(path, first byte, byte after the last, the shard's SHA-256) of rows `start` to `end` - 1."""
-        split, last = self.split, end - 1
-        shard = split.shard[start]
-        path = storage.join(split.root, split.shards[shard])
-        return path, int(split.offset[start]), int(split.offset[last] + split.size[last]), split.digests[shard]
+    def _where(self, start: int, end: int) -> tuple[str, int, int, int]:
+        """(path, first byte, byte after the last, shard) of rows `start` to `end` - 1."""
+        split, shard = self.split, int(self.split.shard[start])
+        stop = int(split.offset[end - 1] + split.size[end - 1])
+        return split.path(split.shards[shard]), int(split.offset[start]), stop, shard
 
     def batch(
         self,
@@ -175,6 +181,9 @@ class Reader:
 
     def _again(self, row: int, crc32: int) -> bytes:
         """A sample that did not match its checksum, fetched afresh. ValueError: nor does it now."""
+        if self.cache:
+            _, begin, stop, shard = self._where(row, row + 1)
+            self.cache.forget(begin, stop, self.split.digests[shard])
         data = self.fetch(row, row + 1)
         if zlib.crc32(data) != crc32:
             raise ValueError("its bytes do not match the checksum in the index")
@@ -199,7 +208,8 @@ class Reader:
             warnings.warn(f"sample set aside: {self._name(row)}", stacklevel=2)
         if len(self.quarantined) > self.quarantine_limit:
             raise ValueError(
-                f"{len(self.quarantined)} samples of {self.split.root} could not be read, the last {self._name(row)}: "
+                f"{len(self.quarantined)} samples of {self.split.root or 'the mixture'} could not be read, the last "
+                f"{self._name(row)}: "
                 f"the shards are damaged; shard them again"
             )
 

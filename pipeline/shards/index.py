@@ -15,7 +15,7 @@ ones of other names (000000.1.parquet), so that a reader never meets a file that
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -64,22 +64,26 @@ FILES = {"index": SCHEMA, "rejects": REJECTS, "sources": SOURCES}  # of each gen
 ROW_GROUP = 1 << 17  # rows; fixed, because where a group ends is part of the file's bytes
 _MEMBERS = ["label", "format", "size", "json_size", "beside"]
 _NUMBERS = ["offset", "size", "label", "width", "height", "channels", "crc32"]
+_WASTE, _GAP = 3, 1 << 15  # what a read goes on over: times the image before, bytes; `Split.joined`
 
 
 @dataclass(frozen=True)
 class Split:
     """One split's samples as columns; row i is sample i, shards in order and offsets rising inside each.
 
-    shards: file names under root; digests: SHA-256 of each, hex; counts: int64 (shards,), samples in each; shard:
-    int32 (n,), positions in `shards`;
+    shards: file names under root; digests: SHA-256 of each, hex; shard_bytes: size of each; counts: int64 (shards,),
+    samples in each, 0 for one of which none was taken; shard: int32 (n,), positions in `shards`;
     offset, size: int64 (n,), the image's bytes in its shard; label: int32 (n,), -1 where there is none;
     width, height: int32 (n,); channels: int8 (n,); crc32: uint32 (n,) of the image's bytes.
+    picked: int64 (n,), where these rows are in all that the index files hold of the split; None: they are all of it.
+    A mixture of datasets has no root: its shards, and the index files, are whole paths.
     """
 
     root: str
     name: str
     shards: list[str]
     digests: list[str]
+    shard_bytes: list[int]
     counts: np.ndarray
     shard: np.ndarray
     offset: np.ndarray
@@ -90,6 +94,7 @@ class Split:
     channels: np.ndarray
     crc32: np.ndarray
     _rows: list[tuple[str, int, int]] = field(repr=False)  # where the rows lie: (index file, first row, end row)
+    picked: np.ndarray | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -104,9 +109,39 @@ class Split:
         """Path of each sample relative to the root of its source, string (n,); read when first asked for."""
         return self._text("source")
 
+    def path(self, name: str) -> str:
+        """Where a file of the split is: one of `shards`, or of the index."""
+        return storage.join(self.root, name) if self.root else name
+
+    def take(self, rows: np.ndarray) -> "Split":
+        """The split of some rows only, int64 rising. Shards keep their numbers. ValueError: not rising, no such row."""
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and (rows[0] < 0 or rows[-1] >= len(self) or (np.diff(rows) <= 0).any()):
+            raise ValueError(f"rows of {self.name} ({len(self)} samples) must rise, each once, from 0 on: sort them")
+        columns = {column: getattr(self, column)[rows] for column in ["shard", *_NUMBERS]}
+        counts = np.bincount(columns["shard"], minlength=len(self.shards))
+        picked = rows if self.picked is None else self.picked[rows]
+        return replace(self, counts=counts, picked=picked, **columns)
+
+    def joined(self, rows: np.ndarray, then: np.ndarray) -> np.ndarray:
+        """Whether one read goes on from each of `rows` to the row `then`, int64 (n,) both: bool (n,).
+
+        It does in one shard, forward, over what nobody asked for as long as that is at most three times the image
+        before it, or 32 KiB: so a read of k images takes at most four times their bytes and k * 32 KiB. Neighbours are
+        always joined, whatever lies between them.
+        """
+        between = self.offset[then] - self.offset[rows] - self.size[rows]
+        near = between <= np.maximum(_WASTE * self.size[rows], _GAP)
+        steps = then - rows if self.picked is None else self.picked[then] - self.picked[rows]
+        return (near | (steps == 1)) & (self.shard[rows] == self.shard[then]) & (rows < then)
+
     def _text(self, column: str) -> pa.ChunkedArray:
-        pieces = [read_columns(self.root, file, [column])[column][first:end] for file, first, end in self._rows]
-        return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=pa.string())
+        pieces = []
+        for file, first, end in self._rows:
+            folder, _, name = self.path(file).rpartition("/")
+            pieces.append(read_columns(folder, name, [column])[column][first:end])
+        whole = pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=pa.string())
+        return whole if self.picked is None else whole.take(pa.array(self.picked))
 
 
 @dataclass(frozen=True)
@@ -121,7 +156,7 @@ class Dataset:
         """The columns of one split. ValueError: no such split."""
         if name not in self.info["splits"]:
             raise ValueError(f"no split {name!r} in {self.root}: it has {', '.join(self.info['splits'])}")
-        shards, digests, counts, rows, parts = [], [], [], [], []
+        shards, digests, sizes, counts, rows, parts = [], [], [], [], [], []
         for generation in self.info["generations"]:
             of_generation = [s for s in self.info["shards"] if s["generation"] == generation["generation"]]
             before = sum(s["samples"] for s in of_generation if s["split"] < name)
@@ -129,6 +164,7 @@ class Dataset:
             end = before + sum(s["samples"] for s in mine)
             shards += [s["name"] for s in mine]
             digests += [s["sha256"] for s in mine]
+            sizes += [s["bytes"] for s in mine]
             counts += [s["samples"] for s in mine]
             rows.append((generation["index"], before, end))
             columns = self._numbers[generation["index"]]
@@ -139,7 +175,7 @@ class Dataset:
             raise ValueError(f"{self.root}: the index has {len(joined['offset'])} rows of split {name!r}, "
                              f"{DATASET} says {counts.sum()}: build it again")  # fmt: skip
         shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        return Split(self.root, name, shards, digests, counts, shard, **joined, _rows=rows)
+        return Split(self.root, name, shards, digests, sizes, counts, shard, **joined, _rows=rows)
 
     @cached_property
     def _numbers(self) -> dict[str, dict[str, np.ndarray]]:

@@ -24,6 +24,7 @@ from pipeline.training.tasks import Predictions
 from pipeline.training.world import World
 
 Report = Callable[[dict], None]
+_NO_METRICS = {"step", "samples", "time", "lr", "samples_digest", "set_aside"}  # of a row
 _GROUP_TIMEOUT_S = 120  # of collectives; torch's default of 30 minutes hides a dead node for as long
 _FATAL = (ValueError, FloatingPointError, checkpoint.Superseded, FileNotFoundError, PermissionError)
 
@@ -38,8 +39,8 @@ def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str
         row = {} if finished(run) else launch(_train_body, (run,), resources, report)
     chain = checkpoint.lineage(run.path)
     kept = checkpoint.best(run.path, chain)
-    metrics = {name: value for name, value in row.items() if name not in ("step", "samples", "time", "lr")}
     rows = checkpoint.read_metrics(run.path)
+    metrics, last = ({k: v for k, v in numbers.items() if k not in _NO_METRICS} for numbers in (row, rows[-1]))
     best = {f"best_{name}": value for name, value in kept.validation.items()} if kept else {}
     return {
         "run": run.path,
@@ -47,8 +48,7 @@ def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str
         "samples_seen": chain[0].samples,
         "epochs": rows[-1]["epoch"],
         "checkpoint": storage.join(run.path, "checkpoints", kept.name),
-        "metrics": (metrics or {k: v for k, v in rows[-1].items() if k not in ("step", "samples", "time", "lr")})
-        | best,
+        "metrics": (metrics or last) | best,
     }
 
 

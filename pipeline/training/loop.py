@@ -2,7 +2,7 @@
 
 for each step, for each phase:
     for each of this rank's micro-batches: loss -> backward            gradients add up, scaled by 1/B
-    one sum over the ranks of [gradients, logged numbers, running statistics]
+    one sum over the ranks of [gradients, logged numbers, running statistics; the first time, the samples' digest]
     optimizer step
 then, when due: validate, checkpoint
 """
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from pipeline import draw
+from pipeline.loading import audit
 from pipeline.loading.loader import Step
+from pipeline.loading.order import Batching
 from pipeline.training import optim
 from pipeline.training.checkpoint import Saver
 from pipeline.training.optim import OptimConfig
@@ -81,13 +83,14 @@ def train(
             break
         seen = step.number * config.batch
         rate = optim.learning_rate(optim_config, seen, total * config.batch, epoch)
-        numbers = {}
+        numbers, drawn = {}, _drawn(config, step, epoch, world)
         for number, phase in enumerate(task.phases):
             optim.set_lr(phase.optimizer, rate)
-            numbers |= take_phase(config, optim_config, number, phase, step, world)
+            numbers |= take_phase(config, optim_config, number, phase, step, world, () if number else (drawn,))
         task.after_step(config.batch)
         before, seen = seen, seen + config.batch
         row = {"step": step.number + 1, "samples": seen, "epoch": seen / epoch, "lr": rate, **numbers}
+        row |= _drawn_fields(drawn)
         row["time"] = time.time()
         _check_finite(row)
         ending = step.number + 1 == total
@@ -118,10 +121,35 @@ def _passes(every: int, before: int, after: int) -> bool:
     return every > 0 and after // every > before // every
 
 
+def _drawn(config: LoopConfig, step: Step, epoch: int, world: World) -> torch.Tensor:
+    """This rank's part of what a row says of the samples: of their digest, and how many were set aside. float32 (5,)"""
+    batching = Batching(config.batch, config.micro_batches)
+    epochs = np.concatenate([batching.positions(step.number, j) // epoch for j in step.own])
+    rows = np.concatenate([batch.rows for batch in step.micro_batches])
+    kept = np.concatenate([batch.weights.cpu().numpy() for batch in step.micro_batches]) > 0  # else it is a stand-in
+    parts = audit.digest_parts(epochs[kept], rows[kept])
+    return torch.tensor([*parts.tolist(), int((~kept).sum())], dtype=torch.float32, device=world.device)
+
+
+def _drawn_fields(drawn: torch.Tensor) -> dict:
+    """`samples_digest`, which `audit` compares with the order, and `set_aside` where samples were."""
+    *parts, set_aside = (int(number) for number in drawn.tolist())
+    return {"samples_digest": audit.written(audit.digest(parts))} | ({"set_aside": set_aside} if set_aside else {})
+
+
 def take_phase(
-    config: LoopConfig, optim_config: OptimConfig, number: int, phase: Phase, step: Step, world: World
+    config: LoopConfig,
+    optim_config: OptimConfig,
+    number: int,
+    phase: Phase,
+    step: Step,
+    world: World,
+    beside: tuple[torch.Tensor, ...] = (),
 ) -> dict[str, float]:
-    """One phase of one step: gradients over all micro-batches of all ranks, one optimiser step. Returns its numbers."""
+    """One phase of one step: gradients over all micro-batches of all ranks, one optimiser step. Returns its numbers.
+
+    `beside`: float32 tensors that are summed over the ranks as well, in place.
+    """
     parameters = list(phase.module.parameters())
     statistics = [b for b in phase.module.buffers() if b.is_floating_point()]  # batch norm's running ones
     counters = [b for b in phase.module.buffers() if not b.is_floating_point()]  # its number of batches
@@ -143,7 +171,7 @@ def take_phase(
     gradients = [p.grad for p in parameters]
     logged = torch.stack([value.detach().float() for value in sums.values()])
     if world.size > 1:
-        _sum_flat(world, [*gradients, *drift, logged])
+        _sum_flat(world, [*gradients, *drift, logged, *beside])
     for now, old, change in zip(statistics, start, drift, strict=True):
         now.copy_(old + change / config.micro_batches)
     optim.penalize(phase.module, optim_config.l1, optim_config.l2)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline import storage
-from pipeline.loading.augment import Augment
+from pipeline.loading.augment import Augment, resolved, statistics
 from pipeline.loading.loader import Loader, fixed_batches
 from pipeline.loading.order import Batching
 from pipeline.shards import index
@@ -99,7 +99,9 @@ def start(path: str, preset: str, config: TrainConfig, data: str, workers: int) 
     config = dataclasses.replace(config, augment=augment, loop=loop)
     Batching(loop.batch, micro_batches, max(workers, 1))
     run = Run(path, config, facts, data, index.digest(dataset.info))
-    run.task("cpu")  # what cannot be built should be said now, not by a worker
+    task = run.task("cpu")  # what cannot be built should be said now, not by a worker
+    if augment.start_size:
+        _check_sides(task, augment, facts)
     dataset.split("train")
     record = _record(run, preset)
     if not stored:
@@ -134,22 +136,21 @@ def open_run(path: str) -> Run:
 
 def describe(dataset: index.Dataset, augment: Augment) -> tuple[Augment, Facts]:
     """The augmentation with size and channels filled in from the data, and what a task needs to know of the data."""
-    info = dataset.info
-    channels = augment.channels or (1 if set(info["channels"]) == {"1"} else 3)
-    side = augment.image_size
-    if not side:
-        uniform = info["image_size"]
-        side = min(uniform) if uniform else info["recipe"].get("size")
-        if not side:
-            raise ValueError(
-                f"the images of {dataset.root} differ in size: say which the model sees, --image-size 64 say"
-            )
-    mean, std = info["mean"] or [0.5], info["std"] or [0.25]
-    if len(mean) != channels:
-        mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
-    std = [max(s, 1e-3) for s in std]  # images of one flat colour
-    facts = Facts(channels, side, dataset.classes, tuple(mean), tuple(std))
-    return dataclasses.replace(augment, image_size=side, channels=channels), facts
+    augment = resolved(augment, dataset)
+    facts = Facts(augment.channels, augment.image_size, dataset.classes, *statistics(dataset, augment.channels))
+    return augment, facts
+
+
+def _check_sides(task: Task, augment: Augment, facts: Facts) -> None:
+    """ValueError unless the model takes images of every side that the run will show it."""
+    module = task.phases[0].module
+    try:
+        with torch.no_grad():
+            module(torch.zeros(2, facts.channels, augment.start_size, augment.start_size))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"--start-size {augment.start_size}: the model takes images of {augment.image_size} px only ({error})"
+        ) from None
 
 
 def train_rank(run: Run, world: World, threads: int, report: Callable[[dict], None]) -> dict:
@@ -295,7 +296,7 @@ def _tensorboard(run: str, name: str, rows: list[dict]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
             for row in rows:
-                for tag in row.keys() - {"step", "samples", "time"}:
+                for tag in row.keys() - {"step", "samples", "time", "samples_digest"}:
                     writer.add_scalar(tag, row[tag], row["samples"], walltime=row["time"])
         (events,) = Path(folder).iterdir()
         # Named by position: TensorBoard reads the files of a folder in the order of their names.
