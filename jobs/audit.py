@@ -161,7 +161,7 @@ def _check_run(opened: Run, data: str | None) -> dict:
     chain = checkpoint.lineage(opened.path)
     if not chain:
         raise ValueError(f"{opened.path} has no checkpoint yet: what its steps drew is stored with the first")
-    steps, split = chain[0].samples // loop.batch, dataset.split("train")
+    steps, chosen = chain[0].samples // loop.batch, opened.chosen(dataset)
     rows, copy = _rows(opened.path, steps)
     if not any("samples_digest" in row for row in rows):
         raise ValueError(
@@ -169,13 +169,10 @@ def _check_run(opened: Run, data: str | None) -> dict:
             f"be compared. millstream audit {dataset.root} --seed {loop.seed} --batch {loop.batch} replays its order"
         )
 
-    def ordered() -> Order:
-        return Order(split.counts, loop.seed)
-
-    digests = audit.replay(ordered, loop.batch, loop.micro_batches, [(1, 0, steps)]).digests
+    digests = audit.replay(lambda: chosen.order(loop.seed), loop.batch, loop.micro_batches, [(1, 0, steps)]).digests
     found = {"": audit.check(rows, digests)}
     found[" in metrics.jsonl"] = audit.check(copy, digests[: max((row["step"] for row in copy), default=0)])
-    say(f"{opened.path}: {steps:,} of {total_steps(loop, len(split)):,} steps are stored")
+    say(f"{opened.path}: {steps:,} of {total_steps(loop, len(chosen.split)):,} steps are stored")
     for where, logged in found.items():
         _say_logged(logged, where)
     holds = all(logged.holds for logged in found.values())

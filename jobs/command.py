@@ -141,11 +141,7 @@ class TrainingProgress:
 
 def fit_with_progress(opened, resources) -> dict:
     """Trains an opened run, rows shown on stderr; Ray must run if the resources ask for workers."""
-    from pipeline.shards import index
     from pipeline.training import fit
-    from pipeline.training.loop import total_steps
 
-    samples = index.load(opened.data).info["splits"]["train"]["samples"]
-    total = total_steps(opened.config.loop, samples) * opened.config.loop.batch
-    with TrainingProgress(total) as show:
+    with TrainingProgress(opened.steps() * opened.config.loop.batch) as show:
         return fit.train(opened, resources, show, waiting=say)

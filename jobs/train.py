@@ -8,6 +8,7 @@ from rich.table import Table
 from cluster.session import ray_session
 from jobs import presets
 from jobs.command import absolute, console, execute, fit_with_progress, parse, say
+from pipeline.loading.selection import choose
 from pipeline.shards import index
 from pipeline.training import fit
 from pipeline.training.loop import total_steps
@@ -36,9 +37,10 @@ def run(args: Args, preset: str) -> dict:
     """{run, samples_seen, epochs, checkpoint, metrics, ...}"""
     data, out, workers = absolute(args.data), absolute(args.out), args.resources.workers
     if args.dry_run:
-        info = index.load(data).info
-        steps = total_steps(args.config.loop, info["splits"]["train"]["samples"])
-        say(f"{preset} on {args.data} ({info['splits']['train']['samples']:,} samples) -> {args.out}: {steps:,} steps")
+        config = args.config
+        samples = len(choose(index.load(data).split("train"), config.selection, config.loop.seed).split)
+        steps = total_steps(config.loop, samples)
+        say(f"{preset} on {args.data} ({samples:,} samples) -> {args.out}: {steps:,} steps")
         return {"preset": preset, "data": data, "run": out, "steps": steps, "config": asdict(args.config)}
     opened = start(out, preset, args.config, data, workers)
     if workers == 0 or fit.finished(opened):

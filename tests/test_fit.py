@@ -36,9 +36,10 @@ def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digi
 
     def everything(trained, evaluated, world, threads, report):  # in here, so that it travels to them by value
         for run in trained:
-            train_rank(run, world, threads, report)
+            train_rank(run, world, Resources(), threads, report)
         task, _ = restored(evaluated, world.device)
-        return evaluate_rank(evaluated, task, index.load(evaluated.data), "train", world, threads), world.size
+        split = index.load(evaluated.data).split("train")
+        return evaluate_rank(evaluated, task, split, world, threads), world.size
 
     trained = [start(str(tmp_path / kind), "test", config(), digits, workers) for kind, config in runs.KINDS.items()]
     evaluated = start(str(whole / "cnn"), "test", runs.cnn(), digits, workers)

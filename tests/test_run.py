@@ -124,7 +124,7 @@ def test_a_dataset_changed_under_a_running_run_is_refused(digits, tmp_path):
     shutil.rmtree(data)
     build("digits:", data, Recipe(samples_per_shard=300, seed=9), workers=0)
     with pytest.raises(ValueError, match="is not the dataset that"):
-        train_rank(run, World(), 1, lambda row: None)
+        train_rank(run, World(), HERE, 1, lambda row: None)
 
 
 def test_workers_that_cannot_share_a_step_are_told_which_can(digits, whole, tmp_path):

@@ -13,6 +13,8 @@ import simplejpeg
 import torch
 
 from pipeline import draw
+from pipeline.loading.photometric import color_jitter, random_erase
+from pipeline.loading.trivial import BINS, rand_augment, trivial_augment
 from pipeline.shards.index import Dataset
 
 cv2.setNumThreads(0)  # the loader's threads are the parallelism
@@ -20,7 +22,7 @@ cv2.setNumThreads(0)  # the loader's threads are the parallelism
 JPEG = b"\xff\xd8"  # how one begins
 _SOFT = 1.25
 
-CROPS = ("none", "pad", "resized")
+CROPS, POLICIES = ("none", "pad", "resized"), ("none", "trivial", "rand")
 _FLIP, _SHIFT, _CROP = (draw.text_bits(f"augment/{use}") for use in ("flip", "shift", "crop"))
 
 
@@ -41,6 +43,18 @@ class Augment:
     exact_decode: bool = False
     """Decode every JPEG in full. Else one of which twice the pixels needed are left is decoded to a half, a quarter or
     an eighth of its sides: faster, and not the same to the last bit."""
+    policy: str = "none"
+    """trivial: one random operation an image (TrivialAugment). rand: --policy-ops of them (RandAugment). none."""
+    policy_ops: int = 2
+    """Operations of --policy rand."""
+    policy_magnitude: int = 9
+    """Their strength, 0 to 30."""
+    jitter: float = 0.0
+    """Brightness, contrast and saturation vary by up to this share (torchvision's ColorJitter)."""
+    hue: float = 0.0
+    """The hue varies by up to this part of a turn, 0 to 0.5."""
+    erase: float = 0.0
+    """Share of the images of which a random rectangle is blackened (random erasing)."""
     start_size: int = 0
     """Side in px until epoch --ramp-from, growing to the image size by --ramp-to; 0: the image size all along."""
     ramp_from: int = 0
@@ -51,6 +65,14 @@ class Augment:
     def __post_init__(self):
         if self.crop not in CROPS:
             raise ValueError(f"crop {self.crop!r}: use one of {', '.join(CROPS)}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r}: use one of {', '.join(POLICIES)}")
+        if self.policy_ops < 1 or not 0 <= self.policy_magnitude < BINS:
+            raise ValueError(
+                f"policy ops {self.policy_ops} and magnitude {self.policy_magnitude}: 1 or more, 0 to {BINS - 1}"
+            )
+        if not (0 <= self.jitter <= 1 and 0 <= self.hue <= 0.5 and 0 <= self.erase <= 1):
+            raise ValueError(f"jitter {self.jitter}, hue {self.hue}, erase {self.erase}: 0 to 1, 0 to 0.5, 0 to 1")
         if self.start_size and not (0 < self.start_size <= (self.image_size or self.start_size)):
             raise ValueError(f"start size {self.start_size}: from 1 to the image size, {self.image_size}")
         if not 0 <= self.ramp_from <= self.ramp_to:
@@ -179,6 +201,24 @@ def vary(images: np.ndarray, augment: Augment, seed: int, epochs: np.ndarray, ro
     if augment.flip:
         for i in np.flatnonzero(flips(seed, epochs, rows)).tolist():
             cv2.flip(images[i], 1, dst=images[i])
+    return images
+
+
+def recolour(images: np.ndarray, augment: Augment, seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Policy, colour jitter and erasing of uint8 (n, s, s, c), keyed per image; in place."""
+    if augment.policy != "none" or augment.jitter or augment.hue:
+        j = augment.jitter
+        for i, epoch, row in zip(range(len(images)), epochs.tolist(), rows.tolist(), strict=True):
+            image = images[i]
+            if augment.policy == "trivial":
+                image = trivial_augment(image, seed, epoch, row)
+            elif augment.policy == "rand":
+                image = rand_augment(image, augment.policy_ops, augment.policy_magnitude, seed, epoch, row)
+            if j or augment.hue:
+                image = color_jitter(image, j, j, j, augment.hue, seed, epoch, row)
+            images[i] = image
+    if augment.erase:
+        images = random_erase(images, augment.erase, seed, epochs, rows)
     return images
 
 

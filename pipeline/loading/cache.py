@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from itertools import groupby
 
+from pipeline import storage
 from pipeline.loading.blocks import Blocks
 from pipeline.loading.fetching import read_patiently
 
@@ -18,6 +19,13 @@ def default_folder() -> str:
     if folder := os.environ.get("MILLSTREAM_CACHE"):
         return folder
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "millstream")
+
+
+def open_cache(root: str, where: str, gigabytes: float) -> "Cache | None":
+    """The cache for a dataset at `root`; None if it is local, or where is "none". where: a folder, or "auto"."""
+    if where == "none" or not storage.is_remote(root):
+        return None
+    return Cache(default_folder() if where == "auto" else where, int(gigabytes * 1e9))
 
 
 class Cache:

@@ -18,9 +18,9 @@ import numpy as np
 from pipeline import storage
 from pipeline.loading.augment import Augment
 from pipeline.loading.cache import Cache
-from pipeline.loading.order import LANES, Batching, Order
+from pipeline.loading.order import LANES, Batching
 from pipeline.loading.reader import Batch, Buffers, Reader
-from pipeline.loading.selection import Draws
+from pipeline.loading.selection import Chosen, Draws
 from pipeline.shards.index import Split
 
 __all__ = ["Batch", "Loader", "Reader", "Step", "fixed_batches"]
@@ -90,7 +90,7 @@ class Loader:
         self.split, self.seed, self.batching, self.rank = split, seed, batching, rank
         self.threads, self.step = threads, position // batching.batch
         self.ahead = ahead or 1 + -(-(threads + 1) // len(batching.own(rank)))
-        self.order = Order(split.counts, seed, joined=split.joined, draws=draws)
+        self.order = Chosen(split, draws, None).order(seed)
         self.reader = Reader(split, augment, buffers=Buffers(pinned), cache=cache)
         lanes = len(batching.own(rank)) * LANES // batching.micro_batches
         self._windows = _Windows(lanes * self.order.open_windows * 3 // 2 + batching.batch)

@@ -157,6 +157,8 @@ class Reader:
         rows = self._stand_in(rows, images, weights)
         if epochs is not None and not cropping:
             images = aug.vary(images, augment, seed, epochs, rows)
+        if epochs is not None:
+            images = aug.recolour(images, augment, seed, epochs, rows)
         labels = torch.from_numpy(split.label[rows].astype(np.int64))
         return Batch(torch.from_numpy(images), labels, torch.from_numpy(weights), rows), waited
 

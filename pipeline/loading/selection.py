@@ -4,21 +4,66 @@
     class_balanced, weighted    split -> weights, float64 (n,): how often to draw each sample, in proportion
     draws                       split and weights -> `Draws`: how often each is in each epoch, which `order` asks for
     mixture                     several splits -> one split, and its `Draws`
+    choose                      a split and a run's `Selection` -> all of that
 
 Nothing has a state. Which samples a subset or a fold holds is a hash of their keys, so none changes sides when the
 dataset grows; how often an epoch holds one is a function of weights, seed and epoch.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline import draw
+from pipeline.loading.order import Order
 from pipeline.shards.index import Split
 
 _SUBSET, _FOLD, _PHASE, _PLACES = (draw.text_bits(f"selection/{use}") for use in ("subset", "fold", "phase", "places"))
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 _UNIT = 20  # bits after the point of an expectation: whole numbers add up exactly
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which samples a run trains on, and how often."""
+
+    fraction: float = 1.0
+    """Share of the training samples, by hash of their keys: a smaller share is part of a larger one."""
+    folds: int = 0
+    """Cross-validation: train without fold --fold of so many, and validate on it instead of `val`; 0: none."""
+    fold: int = 0
+    """Which fold is held out, from 0 on."""
+    balance: bool = False
+    """Draw each class as often as any other, rare ones several times an epoch."""
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction {self.fraction}: above 0, and 1 at most")
+        if (self.folds or self.fold) and not (self.folds >= 2 and 0 <= self.fold < self.folds):
+            raise ValueError(f"fold {self.fold} of {self.folds}: at least 2 folds, numbered from 0")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a selection makes of a split: its samples, how often epochs hold each (None: once), the fold held out."""
+
+    split: Split
+    draws: "Draws | None"
+    held_out: Split | None
+
+    def order(self, seed: int) -> Order:
+        """The order in which a run of this seed draws them."""
+        return Order(self.split.counts, seed, joined=self.split.joined, draws=self.draws)
+
+
+def choose(split: Split, selection: Selection, seed: int) -> Chosen:
+    """Applies a selection. ValueError: it leaves nothing, or there are no classes to balance."""
+    held_out = None
+    if selection.folds:
+        split, held_out = fold(split, selection.folds, selection.fold)
+    split = subset(split, selection.fraction)
+    return Chosen(split, draws(split, class_balanced(split), seed) if selection.balance else None, held_out)
 
 
 def subset(split: Split, fraction: float, seed: int = 0) -> Split:

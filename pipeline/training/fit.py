@@ -16,9 +16,9 @@ from collections.abc import Callable
 import torch
 
 from pipeline import lease, storage
+from pipeline.loading.cache import open_cache
 from pipeline.shards import index
 from pipeline.training import checkpoint
-from pipeline.training.loop import total_steps
 from pipeline.training.run import Resources, Run, evaluate_rank, restored, train_rank, use_threads
 from pipeline.training.tasks import Predictions
 from pipeline.training.world import World
@@ -36,7 +36,7 @@ def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str
     Returns {run, samples_seen, epochs, checkpoint, metrics}. Raises `lease.Held` if the run is being trained already.
     """
     with lease.claim(storage.join(run.path, ".lease"), "millstream train", waiting=waiting):
-        row = {} if finished(run) else launch(_train_body, (run,), resources, report)
+        row = {} if finished(run) else launch(_train_body, (run, resources), resources, report)
     chain = checkpoint.lineage(run.path)
     kept = checkpoint.best(run.path, chain)
     rows = checkpoint.read_metrics(run.path)
@@ -55,22 +55,22 @@ def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str
 def finished(run: Run) -> bool:
     """Whether the run's last checkpoint stands, and verifies."""
     found = checkpoint.newest(run.path)
-    samples = index.load(run.data).info["splits"]["train"]["samples"]
-    return bool(found) and found[0].samples >= total_steps(run.config.loop, samples) * run.config.loop.batch
+    return bool(found) and found[0].samples >= run.steps() * run.config.loop.batch
 
 
 def evaluate(run: Run, data: str, split: str, resources: Resources) -> tuple[Predictions, str]:
     """Predictions of the run's best checkpoint for every sample of a split, and that checkpoint's name."""
-    return launch(_evaluate_body, (run, data, split), resources, lambda row: None)
+    return launch(_evaluate_body, (run, data, split, resources), resources, lambda row: None)
 
 
-def _train_body(run: Run, world: World, threads: int, report: Report) -> dict:
-    return train_rank(run, world, threads, report)
+def _train_body(run: Run, resources: Resources, world: World, threads: int, report: Report) -> dict:
+    return train_rank(run, world, resources, threads, report)
 
 
-def _evaluate_body(run: Run, data: str, split: str, world: World, threads: int, report: Report):
+def _evaluate_body(run: Run, data: str, split: str, resources: Resources, world: World, threads: int, report: Report):
     task, manifest = restored(run, world.device)
-    return evaluate_rank(run, task, index.load(data), split, world, threads), manifest.name
+    cache = open_cache(data, resources.cache, resources.cache_gb)
+    return evaluate_rank(run, task, index.load(data).split(split), world, threads, cache), manifest.name
 
 
 def launch(body: Callable, args: tuple, resources: Resources, report: Report):

@@ -21,8 +21,10 @@ import torch
 
 from pipeline import storage
 from pipeline.loading.augment import Augment, resolved, statistics
+from pipeline.loading.cache import Cache, open_cache
 from pipeline.loading.loader import Loader, fixed_batches
 from pipeline.loading.order import Batching
+from pipeline.loading.selection import Chosen, Selection, choose
 from pipeline.shards import index
 from pipeline.training import checkpoint
 from pipeline.training.loop import LoopConfig, total_steps, train
@@ -42,6 +44,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     augment: Augment = field(default_factory=Augment)
+    selection: Selection = field(default_factory=Selection)
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,19 @@ class Resources:
     """cpu, cuda (one GPU a worker) or auto."""
     max_failures: int = 3
     """Restarts from the newest checkpoint after workers died."""
+    cache: str = "auto"
+    """Where each node keeps shards of a store: a folder; auto: MILLSTREAM_CACHE, or millstream in the user's cache
+    folder; none: nowhere."""
+    cache_gb: float = 50.0
+    """How much of them, in GB of disk."""
 
     def __post_init__(self):
         if self.workers < 0 or self.threads < 0 or self.max_failures < 0:
             raise ValueError(
                 f"workers {self.workers}, threads {self.threads} and max_failures {self.max_failures}: 0 or more"
             )
+        if not self.cache_gb > 0:
+            raise ValueError(f"cache_gb {self.cache_gb}: above 0, or --cache none")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device {self.device!r}: use auto, cpu or cuda")
 
@@ -79,6 +89,14 @@ class Run:
     @property
     def batching(self) -> Batching:
         return Batching(self.config.loop.batch, self.config.loop.micro_batches)
+
+    def chosen(self, dataset: index.Dataset) -> Chosen:
+        """What of the training split the run draws, and how often."""
+        return choose(dataset.split("train"), self.config.selection, self.config.loop.seed)
+
+    def steps(self) -> int:
+        """Steps from its first to its last."""
+        return total_steps(self.config.loop, len(self.chosen(index.load(self.data)).split))
 
     def task(self, device) -> Task:
         return make_task(self.config.task, self.facts, self.config.optim, self.config.loop.seed, device)
@@ -102,7 +120,7 @@ def start(path: str, preset: str, config: TrainConfig, data: str, workers: int) 
     task = run.task("cpu")  # what cannot be built should be said now, not by a worker
     if augment.start_size:
         _check_sides(task, augment, facts)
-    dataset.split("train")
+    run.chosen(dataset)
     record = _record(run, preset)
     if not stored:
         if storage.exists(storage.join(path, index.DATASET)):
@@ -130,6 +148,7 @@ def open_run(path: str) -> Run:
         OptimConfig(**stored["optim"]),
         LoopConfig(**stored["loop"]),
         Augment(**stored["augment"]),
+        Selection(**stored["selection"]),
     )
     return Run(path, config, Facts(**facts), stored["data"], stored["data_digest"])
 
@@ -153,13 +172,13 @@ def _check_sides(task: Task, augment: Augment, facts: Facts) -> None:
         ) from None
 
 
-def train_rank(run: Run, world: World, threads: int, report: Callable[[dict], None]) -> dict:
+def train_rank(run: Run, world: World, resources: Resources, threads: int, report: Callable[[dict], None]) -> dict:
     """Trains one rank from wherever the run stands to its end. Returns the last row logged (of any start)."""
     config, dataset = run.config, index.load(run.data)
     if index.digest(dataset.info) != run.data_digest:
         raise ValueError(f"{run.data} is not the dataset that {run.path} was started on: use another --out")
-    split = dataset.split("train")
-    task = run.task(world.device)
+    chosen, cache = run.chosen(dataset), open_cache(run.data, resources.cache, resources.cache_gb)
+    split, task = chosen.split, run.task(world.device)
     attempt, found = checkpoint.claim(run.path) if world.rank == 0 else (0, None)
     found = world.from_first(found)
     if found:
@@ -175,13 +194,16 @@ def train_rank(run: Run, world: World, threads: int, report: Callable[[dict], No
         return {"samples": position, **(found.validation if found else {})}
 
     def validate() -> dict:
-        if "val" not in dataset.info["splits"] or not isinstance(config.task, ClassifyConfig):
+        held_out = chosen.held_out or (dataset.split("val") if "val" in dataset.info["splits"] else None)
+        if held_out is None or not isinstance(config.task, ClassifyConfig):
             return {}
-        answers = evaluate_rank(run, task, dataset, "val", world, threads)
+        answers = evaluate_rank(run, task, held_out, world, threads, cache)
         return {"loss": answers.loss, "accuracy": answers.accuracy}
 
     batching = dataclasses.replace(run.batching, world=world.size)
-    loader = Loader(split, config.augment, config.loop.seed, batching, world.rank, position, threads)
+    pinned = torch.device(world.device).type == "cuda"
+    more = {"cache": cache, "pinned": pinned, "draws": chosen.draws}
+    loader = Loader(split, config.augment, config.loop.seed, batching, world.rank, position, threads, **more)
     steps = iter(loader)
     try:
         row = train(config.loop, config.optim, task, steps, len(split), world, validate, saver, report)
@@ -200,10 +222,11 @@ def _quarantined(loader: Loader, world: World) -> int:
     return int(world.sum_(bad.to(world.device)).count_nonzero())
 
 
-def evaluate_rank(run: Run, task: Task, dataset: index.Dataset, name: str, world: World, threads: int) -> Predictions:
+def evaluate_rank(
+    run: Run, task: Task, split: index.Split, world: World, threads: int, cache: Cache | None = None
+) -> Predictions:
     """Predictions for every sample of a split, on every rank."""
-    split = dataset.split(name)
-    batches = fixed_batches(split, run.config.augment, EVALUATION_BATCH, world.rank, world.size, threads)
+    batches = fixed_batches(split, run.config.augment, EVALUATION_BATCH, world.rank, world.size, threads, cache)
     return predict(task, run.facts, batches, len(split), world)
 
 
@@ -255,7 +278,9 @@ def _stored(path: str) -> dict | None:
 
 def _record(run: Run, preset: str) -> dict:
     config, kind = run.config, "gan" if isinstance(run.config.task, GanConfig) else "classify"
-    record = {name: dataclasses.asdict(getattr(config, name)) for name in ("task", "optim", "loop", "augment")}
+    record = {
+        name: dataclasses.asdict(getattr(config, name)) for name in ("task", "optim", "loop", "augment", "selection")
+    }
     record |= {"preset": preset, "kind": kind, "facts": dataclasses.asdict(run.facts)}
     record |= {"data": run.data, "data_digest": run.data_digest, "millstream": version("millstream")}
     return json.loads(json.dumps(record))
