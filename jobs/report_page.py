@@ -8,7 +8,7 @@ import numpy as np
 from pipeline import storage
 from pipeline.evaluation import classification, report
 from pipeline.loading.augment import Augment
-from pipeline.loading.loader import Reader
+from pipeline.loading.steps import Reader
 from pipeline.shards import index
 from pipeline.training import checkpoint, fit
 from pipeline.training.run import Resources, Run

@@ -1,7 +1,11 @@
 """A reverse proxy before the S3 server that fails on request. It leaves Host alone, so signatures stay valid."""
 
+import contextlib
 import http.client
+import socket
+import struct
 import threading
+import time
 import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,7 +16,8 @@ class FaultyProxy(ThreadingHTTPServer):
     """Each request takes the next of `faults` that names its method, as ("PUT", fault); none left: passed on whole.
 
     Faults: "slow down" (503, not passed on), "unacknowledged" (passed on, then the connection is closed without an
-    answer), "cut" (half of the answer's body). `seen` counts the requests by method.
+    answer), "cut" (half of the answer's body), "reset" (half of it, then the connection breaks), "slow" (half of it,
+    the rest after 0.5 s), "zeros" (for each byte of it). `seen` counts the requests by method, `done` the faults.
     """
 
     daemon_threads = True
@@ -22,20 +27,32 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target = urllib.parse.urlsplit(target).netloc
         self.faults: list[tuple[str, str]] = []
         self.seen: dict[str, int] = {}
+        self.done: dict[str, int] = {}
+        self.steady: tuple[str, int, list[str]] = ("", 1, [])
         self.lock = threading.Lock()
 
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
+    def fault_every(self, n: int, method: str, faults: list[str]) -> None:
+        """From now on every n-th request of `method` fails too, by `faults` in turn."""
+        self.steady = (method, n, faults)
+
     def fault_for(self, method: str) -> str | None:
         with self.lock:
-            self.seen[method] = self.seen.get(method, 0) + 1
-            for at, (wanted, fault) in enumerate(self.faults):
-                if wanted == method:
-                    del self.faults[at]
-                    return fault
-        return None
+            self.seen[method] = count = self.seen.get(method, 0) + 1
+            fault = self._fault(method, count)
+            self.done[fault] = self.done.get(fault, 0) + 1
+            return fault
+
+    def _fault(self, method: str, count: int) -> str | None:
+        for at, (wanted, fault) in enumerate(self.faults):
+            if wanted == method:
+                del self.faults[at]
+                return fault
+        steady, n, faults = self.steady
+        return faults[count // n % len(faults)] if method == steady and count % n == 0 else None
 
     def __enter__(self) -> "FaultyProxy":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
@@ -60,17 +77,24 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow down":
             self._answer(503, [("Content-Type", "application/xml")], _SLOW_DOWN, len(_SLOW_DOWN))
             return
-        server = http.client.HTTPConnection(self.server.target, timeout=30)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("expect", "connection")}
-        server.request(self.command, self.path, body, headers)
-        answer = server.getresponse()
-        data = answer.read()
-        server.close()
+        with contextlib.closing(http.client.HTTPConnection(self.server.target, timeout=30)) as server:
+            server.request(self.command, self.path, body, headers)
+            answer = server.getresponse()
+            data = answer.read()
         if fault == "unacknowledged":
             return
         kept = [pair for pair in answer.getheaders() if pair[0].lower() not in ("transfer-encoding", "content-length")]
         length = int(answer.headers.get("Content-Length", len(data)))
-        self._answer(answer.status, kept, data[: len(data) // 2] if fault == "cut" else data, length)
+        data = bytes(len(data)) if fault == "zeros" else data
+        half = len(data) // 2 if fault in ("cut", "reset", "slow") else len(data)
+        self._answer(answer.status, kept, data[:half], length)
+        if fault == "slow":
+            time.sleep(0.5)
+            self.wfile.write(data[half:])
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # what `finish` does next would end it in order
 
     def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes, length: int) -> None:
         self.send_response_only(status)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.loading import audit
-from pipeline.loading.loader import Batch, Step
+from pipeline.loading.steps import Batch, Step
 from pipeline.training.checkpoint import snapshot
 from pipeline.training.loop import LoopConfig, take_phase, total_steps, train
 from pipeline.training.optim import OptimConfig, make_optimizer

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.loading.augment import to_float
-from pipeline.loading.loader import Batch
+from pipeline.loading.steps import Batch
 from pipeline.training.checkpoint import snapshot
 from pipeline.training.optim import OptimConfig
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, draw_images, make_task, predict

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pipeline.loading.augment import to_float
-from pipeline.loading.loader import fixed_batches
+from pipeline.loading.steps import fixed_batches
 from pipeline.shards import index
 from pipeline.training.run import open_run
 

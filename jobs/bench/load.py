@@ -22,8 +22,8 @@ from jobs.command import absolute, execute, parse, say
 from pipeline import storage
 from pipeline.loading.augment import Augment
 from pipeline.loading.cache import Cache
-from pipeline.loading.loader import Loader
 from pipeline.loading.order import Batching
+from pipeline.loading.steps import Steps
 from pipeline.shards import index
 from pipeline.training.run import describe
 
@@ -166,7 +166,7 @@ def _dataset(args: Args) -> contextlib.AbstractContextManager[str]:
 def load(data: str, augment: Augment, batch: int, threads: int, seconds: float) -> Loaded:
     """Our side: steps of a loader for so many seconds, its first ones not counted."""
     split = index.load(data).split("train")
-    loader = Loader(split, augment, 0, Batching(batch), threads=threads)
+    loader = Steps(split, augment, 0, Batching(batch), threads=threads)
     steps = iter(loader)
     for _ in range(_WARM):
         next(steps)
@@ -245,7 +245,7 @@ def load_epoch(data: str, augment: Augment, batch: int, threads: int, cache: str
     first = -(-number * len(split) // batch) * batch
     begin, count = time.perf_counter(), 0
     kept = Cache(cache, limit=1 << 40) if cache else None
-    steps = iter(Loader(split, augment, 0, Batching(batch), position=first, threads=threads, cache=kept))
+    steps = iter(Steps(split, augment, 0, Batching(batch), position=first, threads=threads, cache=kept))
     while count < len(split):
         count += sum(len(each.rows) for each in next(steps).micro_batches)
     rate = count / (time.perf_counter() - begin)
@@ -282,7 +282,7 @@ def _seek(data: str, augment: Augment, batch: int, threads: int) -> dict:
     took = {name: [] for name in places}
     for name in [*places] * _SEEKS:
         begin = time.perf_counter()
-        loader = Loader(split, augment, 0, Batching(batch), position=places[name], threads=threads)
+        loader = Steps(split, augment, 0, Batching(batch), position=places[name], threads=threads)
         steps = iter(loader)
         next(steps)
         took[name].append(time.perf_counter() - begin)

@@ -103,7 +103,7 @@ class Blocks:
                 return
             with contextlib.suppress(FileExistsError):
                 os.mkdir(os.path.dirname(self._path(name)))
-            with local._in_flight(f"{self._root}/partial/{name}") as (file, temporary):
+            with local.in_flight(f"{self._root}/partial/{name}") as (file, temporary):
                 file.write(_sums(data).ljust(self._head, b"\0"))
                 file.write(data)
                 file.flush()

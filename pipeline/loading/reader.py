@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,6 +77,7 @@ class Reader:
     buffers: Buffers = field(default_factory=Buffers)
     cache: Cache | None = None
     quarantined: dict[int, tuple[str, str, str]] = field(default_factory=dict)
+    closed: threading.Event = field(default_factory=threading.Event)  # ends the waiting for a store that is gone
 
     def __post_init__(self):
         self.kept = Kept(self.split, self.augment.channels)
@@ -92,9 +94,11 @@ class Reader:
         path, begin, stop, shard = self._where(start, end)
         if not storage.is_remote(path):
             return storage.read_range(path, begin, stop)
+        patiently = partial(read_patiently, stop=self.closed)
         if self.cache:
-            return self.cache.read_range(path, begin, stop, self.split.digests[shard], self.split.shard_bytes[shard])
-        return read_patiently(path, begin, stop)
+            where = self.split.digests[shard], self.split.shard_bytes[shard]
+            return self.cache.read_range(path, begin, stop, *where, patiently)
+        return patiently(path, begin, stop)
 
     def _where(self, start: int, end: int) -> tuple[str, int, int, int]:
         """(path, first byte, byte after the last, shard) of rows `start` to `end` - 1."""

@@ -103,14 +103,14 @@ def write(path: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def writer(path: str) -> Iterator[BinaryIO]:
-    with _in_flight(path) as (file, temporary):
+    with in_flight(path) as (file, temporary):
         yield file
         _settle(file)
         os.replace(temporary, path)
 
 
 @contextlib.contextmanager
-def _in_flight(path: str) -> Iterator[tuple[BinaryIO, str]]:
+def in_flight(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """A locked temporary file beside `path`, gone at the end unless it was renamed."""
     temporary, file = partial(path), None
     try:
@@ -140,7 +140,7 @@ def _settle(file: BinaryIO) -> None:
 
 
 def write_new(path: str, data: bytes) -> str:
-    with _in_flight(path) as (file, temporary):
+    with in_flight(path) as (file, temporary):
         file.write(data)
         _settle(file)
         try:

@@ -1,4 +1,8 @@
-"""Object stores: S3 by the client that s3fs keeps, and plain reads and writes of gs:// by gcsfs."""
+"""Object stores: S3 by the client that s3fs keeps, and plain reads and writes of gs:// by gcsfs.
+
+The errno of a StorageError is EAGAIN where the store did not answer or said it was busy, so that another attempt may
+succeed; EIO where its answer will not change.
+"""
 
 import asyncio
 import contextlib
@@ -28,7 +32,9 @@ _ENVIRONMENT = (
 )
 _UNMET = {"PreconditionFailed", "412"}
 _ELSEWHERE = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
+_BUSY = {429, 500, 502, 503, 504}
 _REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_UNANSWERED = (boto.ConnectionError, boto.HTTPClientError, HttpError, FSTimeoutError, asyncio.TimeoutError)
 
 _making = threading.RLock()  # taken across a fork, so that no child starts with it held by a thread it lacks
 os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
@@ -277,14 +283,16 @@ def _translated(path: str, error: Exception) -> Exception | None:
             what = f"no bucket {_address(path)['Bucket']} at {where}" if code == "NoSuchBucket" else "no such object"
             return FileNotFoundError(errno.ENOENT, what, path)
         hint = " (is AWS_REGION the bucket's?)" if code in _ELSEWHERE else ""
-        return StorageError(errno.EIO, f"{where} answered {code}{hint}: {error}", path)
+        busy = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _BUSY
+        return StorageError(errno.EAGAIN if busy else errno.EIO, f"{where} answered {code}{hint}: {error}", path)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
         missing = f"no credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         return PermissionError(errno.EACCES, missing, path)
     if isinstance(error, boto.ParamValidationError):
         return ValueError(f"{path}: {error}")
-    if isinstance(error, boto.BotoCoreError | HttpError | FSTimeoutError | asyncio.TimeoutError):
-        return StorageError(errno.EIO, f"{where} does not answer: {error}", path)
+    if isinstance(error, (boto.BotoCoreError, *_UNANSWERED)):
+        again = isinstance(error, _UNANSWERED)
+        return StorageError(errno.EAGAIN if again else errno.EIO, f"{where} does not answer: {error}", path)
     if _google(path) and not isinstance(error, OSError | ValueError):
         return StorageError(errno.EIO, f"{type(error).__name__}: {error}", path)
     return None

@@ -9,7 +9,9 @@ IN_FLIGHT = re.compile(r"\.millstream-[0-9a-f]{16}\.part")
 
 
 class StorageError(OSError):
-    """The store failed, after retries, or answered what it should not; `filename` is the path."""
+    """The store failed, after retries, or answered what it should not; `filename` is the path.
+
+    errno EAGAIN: it did not answer, or said that it is busy; EIO: asking again would change nothing."""
 
 
 class Conflict(RuntimeError):

@@ -16,8 +16,8 @@ import torch
 
 from pipeline import draw
 from pipeline.loading import audit
-from pipeline.loading.loader import Step
 from pipeline.loading.order import Batching
+from pipeline.loading.steps import Step
 from pipeline.training import optim
 from pipeline.training.checkpoint import Saver
 from pipeline.training.optim import OptimConfig

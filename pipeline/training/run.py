@@ -22,9 +22,9 @@ import torch
 from pipeline import storage
 from pipeline.loading.augment import Augment, resolved, statistics
 from pipeline.loading.cache import Cache, open_cache
-from pipeline.loading.loader import Loader, fixed_batches
 from pipeline.loading.order import Batching
 from pipeline.loading.selection import Chosen, Selection, choose
+from pipeline.loading.steps import Steps, fixed_batches
 from pipeline.shards import index
 from pipeline.training import checkpoint
 from pipeline.training.loop import LoopConfig, total_steps, train
@@ -203,7 +203,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, repor
     batching = dataclasses.replace(run.batching, world=world.size)
     pinned = torch.device(world.device).type == "cuda"
     more = {"cache": cache, "pinned": pinned, "draws": chosen.draws}
-    loader = Loader(split, config.augment, config.loop.seed, batching, world.rank, position, threads, **more)
+    loader = Steps(split, config.augment, config.loop.seed, batching, world.rank, position, threads, **more)
     steps = iter(loader)
     try:
         row = train(config.loop, config.optim, task, steps, len(split), world, validate, saver, report)
@@ -215,7 +215,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, repor
             saver.close()
 
 
-def _quarantined(loader: Loader, world: World) -> int:
+def _quarantined(loader: Steps, world: World) -> int:
     """Samples that some rank could not read; one that several met in different epochs counts once."""
     bad = torch.zeros(len(loader.reader.split), dtype=torch.int32)
     bad[list(loader.reader.quarantined)] = 1

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pipeline import draw
 from pipeline.loading.augment import to_float
-from pipeline.loading.loader import Batch
+from pipeline.loading.steps import Batch
 from pipeline.models import CLASSIFIERS, GANS
 from pipeline.training.optim import OptimConfig, average_into, make_optimizer
 from pipeline.training.world import World
