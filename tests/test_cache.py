@@ -1,6 +1,7 @@
 """The cache gives the origin's bytes whatever happens to its folder, asks the origin once, and keeps to its limit."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -17,8 +18,10 @@ import warnings
 import pytest
 from s3_server import wait_for
 
-from pipeline.loading.cache import Cache, default_folder
+from pipeline.loading import cache as caches
+from pipeline.loading.cache import default_folder
 
+Cache = functools.partial(caches.Cache, readahead=1)
 BLOCK = 1 << 16
 STORED = BLOCK + 8  # with its checksum
 LARGE = 1 << 40
@@ -371,7 +374,7 @@ def test_a_folder_that_cannot_be_made_is_warned_of_once(tmp_path):
 
 
 def test_what_makes_no_sense_is_refused_by_name(folder):
-    with pytest.raises(ValueError, match="1000 bytes does not hold one block of 1048576"):
+    with pytest.raises(ValueError, match="1000 bytes does not hold one block of 2097152"):
         Cache(folder, 1000)
     with pytest.raises(ValueError, match="block size 1000 is not a multiple of 65536"):
         Cache(folder, LARGE, 1000)
@@ -395,3 +398,16 @@ def test_the_default_folder_is_the_users_own(tmp_path, monkeypatch):
     assert default_folder() == f"{tmp_path}/xdg/millstream"
     monkeypatch.setenv("MILLSTREAM_CACHE", f"{tmp_path}/own")
     assert default_folder() == f"{tmp_path}/own"
+
+
+def test_the_second_miss_among_neighbours_fetches_the_rest_of_them(folder):
+    origin, cache = Origin(11 * BLOCK - 5), caches.Cache(folder, LARGE, BLOCK, readahead=4)
+    assert origin.by(cache, BLOCK + 3, BLOCK + 9)
+    assert origin.asked == [(BLOCK, 2 * BLOCK)]
+    assert origin.by(cache, 3 * BLOCK, 3 * BLOCK + 1)
+    assert origin.asked[1:] == [(0, BLOCK), (2 * BLOCK, 4 * BLOCK)]
+    assert not origin.by(cache, 0, 4 * BLOCK)
+    assert origin.by(cache, 10 * BLOCK, 11 * BLOCK - 5)  # the last group is a short one
+    assert origin.by(cache, 8 * BLOCK, 8 * BLOCK + 1)
+    assert origin.asked[3:] == [(10 * BLOCK, 11 * BLOCK - 5), (8 * BLOCK, 10 * BLOCK)]
+    assert cache.misses == 6 + 1 + BLOCK - 5 + 1

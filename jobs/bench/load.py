@@ -37,7 +37,7 @@ OTHERS = {
 }
 _WITH_OUR_CODEC = "webdataset+codec"
 _OTHER_S = 600  # what one of them may take
-_NAMES = 6  # of each photo: 24,000 samples are more than the loader holds in memory
+_NAMES = 12  # of each photo: 48,000 samples are more than the loader holds in memory, and outweigh what a start fetches
 _WARM = 4  # steps not counted
 _SEEKS = 5  # first batches at each place
 # images/s of ResNet-50 on one H100 in bf16, assumed; NVIDIA's DeepLearningExamples give 2,470 for an A100

@@ -68,6 +68,10 @@ class Blocks:
         """Whether `put` has a chance: the disk takes writes, and not all that is here is in use."""
         return not self._broken and time.monotonic() >= self._full_until
 
+    def has(self, name: str) -> bool:
+        """Whether a block is here, undamaged or not."""
+        return os.path.exists(self._path(name))
+
     def get(self, name: str, low: int, high: int) -> bytes | None:
         """Bytes [low, high) of a block; None if it is not here, or not any more because it was damaged."""
         first, pages = low // _PAGE, -(-high // _PAGE) - low // _PAGE
