@@ -220,6 +220,12 @@ def test_floats_are_the_pixels_less_the_mean_over_the_deviation(channels):
         ({"image_size": -1}, "image size -1"),
         ({"pad": -2}, "pad -2"),
         ({"channels": 2}, "channels 2"),
+        ({"policy": "auto"}, "policy 'auto': use one of none, trivial, rand"),
+        ({"policy_ops": 0}, "policy ops 0"),
+        ({"policy_magnitude": 31}, "magnitude 31"),
+        ({"jitter": 1.5}, "jitter 1.5"),
+        ({"hue": 0.6}, "hue 0.6"),
+        ({"erase": -0.1}, "erase -0.1"),
     ],
 )
 def test_a_bad_option_is_named(options, said):

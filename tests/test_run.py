@@ -11,13 +11,16 @@ import pytest
 import runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jobs import audit
 from pipeline import storage
 from pipeline.loading.augment import Augment
 from pipeline.loading.order import Batching
+from pipeline.loading.selection import Selection
 from pipeline.shards import index
 from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 from pipeline.training import checkpoint, fit
+from pipeline.training import run as run_module
 from pipeline.training.run import Resources, describe, draw_classes, open_run, restored, start, train_rank
 from pipeline.training.tasks import ClassifyConfig
 from pipeline.training.world import World
@@ -304,3 +307,41 @@ def test_growing_images_are_refused_for_a_model_of_one_size(digits, tmp_path, ki
     with pytest.raises(ValueError, match="--start-size 16: the model takes images of 32 px only"):
         start(str(tmp_path / "run"), "test", config, digits, 0)
     assert not (tmp_path / "run").exists()
+
+
+SELECTIONS = {
+    "half, balanced": Selection(fraction=0.5, balance=True),
+    "a fold": Selection(folds=4, fold=1),
+}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
+def test_a_run_on_a_part_of_the_samples_is_resumed_alike_and_stands_an_audit(digits, tmp_path, selection):
+    config = replace(runs.cnn(checkpoint_every=128), selection=selection)
+    whole = trained(str(tmp_path / "whole"), config, digits)
+    stopped(str(tmp_path / "stopped"), config, digits, 5)
+    trained(str(tmp_path / "stopped"), config, digits)
+    assert runs.ends_alike(str(tmp_path / "whole"), str(tmp_path / "stopped"))
+    run = open_run(str(tmp_path / "whole"))
+    chosen = run.chosen(index.load(digits))
+    assert run.config.selection == selection
+    assert run.steps() == -(-len(chosen.split) // 64) == whole["samples_seen"] // 64
+    assert audit.run(audit.Args(run=str(tmp_path / "stopped")))["holds"]
+    with pytest.raises(ValueError, match="selection"):
+        start(str(tmp_path / "whole"), "test", runs.cnn(), digits, 0)
+
+
+def test_a_fold_that_is_held_out_is_what_the_run_is_validated_on(digits, tmp_path, monkeypatch):
+    seen, real = [], run_module.evaluate_rank
+
+    def noted(run, task, split, *more):
+        seen.append(split)
+        return real(run, task, split, *more)
+
+    monkeypatch.setattr(run_module, "evaluate_rank", noted)
+    config = replace(runs.cnn(), selection=Selection(folds=4, fold=1))
+    trained(str(tmp_path / "run"), config, digits)
+    train = index.load(digits).split("train")
+    chosen = open_run(str(tmp_path / "run")).chosen(index.load(digits))
+    assert {len(split) for split in seen} == {len(chosen.held_out)}
+    assert len(chosen.split) + len(chosen.held_out) == len(train)

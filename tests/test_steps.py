@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ AUGMENTS = {
     "plain": Augment(SIDE, 1),
     "pad and flip": Augment(SIDE, 1, crop="pad", flip=True),
     "resized": Augment(SIDE, 1, crop="resized", flip=True),
+    "recoloured": Augment(SIDE, 1, crop="pad", flip=True, policy="rand", jitter=0.3, erase=0.4),
 }
 
 
@@ -121,6 +123,50 @@ def test_seeds_draw_and_vary_otherwise(train):
 def test_a_position_inside_a_step_is_refused(train):
     with pytest.raises(ValueError, match="position 100 is not a multiple of the batch 64"):
         Steps(train, AUGMENTS["plain"], 0, Batching(64), position=100)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_whatever_the_shapes_nothing_is_repeated_dropped_or_otherwise_drawn(train, data):
+    """Few samples, uneven and empty shards, batches larger than the dataset; stops, other worlds and threads."""
+    rows = data.draw(st.lists(st.integers(0, len(train) - 1), min_size=1, max_size=150, unique=True), "rows")
+    split, augment = train.take(np.sort(rows)), AUGMENTS["resized"]
+    micro_batches = data.draw(st.sampled_from([1, 2, 4, 8, 16]), "micro-batches")
+    batch = micro_batches * data.draw(st.integers(1, 12), "samples of each")
+    last = -(-2 * len(split) // batch) + 1
+    whole = steps_of(split, augment, Batching(batch, micro_batches), 0, last)
+    drawn = np.empty(last * batch, np.int64)
+    for (step, j), one in whole.items():
+        drawn[Batching(batch, micro_batches).positions(step, j)] = one.rows
+    for epoch in range(2):
+        assert np.sort(drawn[epoch * len(split) : (epoch + 1) * len(split)]).tolist() == list(range(len(split)))
+    first = 0
+    while first < last:
+        world = data.draw(st.sampled_from([w for w in (1, 2, 4, 8, 16) if micro_batches % w == 0]), "world")
+        stop = data.draw(st.integers(first + 1, last), "stop")
+        threads = data.draw(st.integers(1, 8), "threads")
+        part = steps_of(split, augment, Batching(batch, micro_batches, world), first, stop, threads)
+        assert all(same(whole[at], found) for at, found in part.items())
+        assert len(part) == (stop - first) * micro_batches
+        first = stop
+
+
+def test_what_an_image_looks_like_changes_with_options_epoch_and_seed(photos):
+    split = index.load(photos).split("train")
+    plain = Augment(48, 3, crop="resized")
+    looks = {}
+    for name, options in {
+        "plain": {}, "trivial": {"policy": "trivial"}, "rand": {"policy": "rand"}, "jitter": {"jitter": 0.4},
+        "hue": {"hue": 0.3}, "erase": {"erase": 1.0}, "more of rand": {"policy": "rand", "policy_ops": 4},
+        "stronger rand": {"policy": "rand", "policy_magnitude": 30},
+    }.items():  # fmt: skip
+        found = steps_of(split, replace(plain, **options), Batching(32, 2), 0, 2)
+        again = steps_of(split, replace(plain, **options), Batching(32, 2, 2), 0, 2, 3)
+        assert all(same(found[at], again[at]) for at in found)
+        looks[name] = np.concatenate([found[at].images.numpy() for at in sorted(found)])
+    names = list(looks)
+    assert not any(np.array_equal(looks[a], looks[b]) for i, a in enumerate(names) for b in names[:i])
+    assert (looks["erase"] != looks["plain"]).any(axis=(1, 2, 3)).mean() > 0.9
 
 
 # ---- damage
