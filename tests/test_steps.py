@@ -276,6 +276,26 @@ def test_an_evaluation_over_a_bad_sample_is_an_error_that_names_it(copied):
         list(fixed_batches(copied, AUGMENTS["plain"], 100))
 
 
+@pytest.mark.timeout(60)
+def test_a_crash_in_a_thread_reaches_the_consumer_and_names_the_sample(train, monkeypatch):
+    rows = Order(train.counts, 3).samples(np.arange(64))[0]
+    bad = tar.read_sample(
+        os.path.join(train.root, train.shards[train.shard[rows[7]]]),
+        int(train.offset[rows[7]]),
+        int(train.size[rows[7]]),
+    )
+
+    def crashing(data, *more):
+        if bytes(data) == bad:
+            raise ZeroDivisionError("a bug")
+        return decode(data, *more)
+
+    monkeypatch.setattr("pipeline.loading.augment.decode", crashing)
+    with pytest.raises(ZeroDivisionError) as crash:
+        steps_of(train, AUGMENTS["plain"], Batching(64), 0, 2)
+    assert any(train.keys[int(rows[7])].as_py() in note for note in crash.value.__notes__)
+
+
 # ---- evaluation
 
 

@@ -158,6 +158,9 @@ class Reader:
             except ValueError as reason:
                 self._quarantine(row, str(reason))
                 weights[i] = 0
+            except Exception as error:
+                error.add_note(f"at sample {split.keys[row]} of {split.path(split.shards[split.shard[row]])}")
+                raise
         rows = self._stand_in(rows, images, weights)
         if epochs is not None and not cropping:
             images = aug.vary(images, augment, seed, epochs, rows)
