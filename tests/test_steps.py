@@ -18,6 +18,8 @@ from pipeline.loading.kept import Kept
 from pipeline.loading.order import Batching, Order
 from pipeline.loading.steps import Reader, Steps, fixed_batches
 from pipeline.shards import index, tar
+from pipeline.shards.build import build
+from pipeline.shards.plan import Recipe
 
 SIDE = 32
 AUGMENTS = {
@@ -391,6 +393,23 @@ def test_a_small_dataset_is_read_in_its_first_epoch_alone(train, monkeypatch):
         assert pending
         fresh = steps_of(train, AUGMENTS[name], Batching(256, 4), min(kept)[0], max(kept)[0] + 1)
         assert all(same(kept[at], fresh[at]) for at in fresh)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_jpegs_much_larger_than_needed_look_alike_to_whoever_comes_later(tmp_path, photos, monkeypatch, keeps):
+    """An image kept from an epoch that cropped it tightly must not differ from one first seen by a later epoch."""
+    source = os.path.join(os.path.dirname(photos), "in")
+    build(f"folder:{source}", str(tmp_path / "out"), Recipe(size=40, fit="crop", format="jpg"), workers=0)
+    split = index.load(str(tmp_path / "out")).split("train")
+    kept = Kept(split, 3, (1 << 20) if keeps else 0)
+    assert kept.keeps == keeps
+    monkeypatch.setattr("pipeline.loading.reader.Kept", lambda *_: Kept(split, 3, (1 << 20) if keeps else 0))
+    augment, batching = Augment(10, 3, crop="resized"), Batching(16, 2)
+    last = 6 * len(split) // 16
+    whole = steps_of(split, augment, batching, 0, last)
+    for first in range(1, last, 5):
+        later = steps_of(split, augment, batching, first, min(first + 3, last))
+        assert all(same(whole[at], found) for at, found in later.items())
 
 
 def test_what_is_too_large_or_of_many_sizes_is_not_kept(train, photos):

@@ -17,9 +17,9 @@ class Kept:
     def __init__(self, split: Split, channels: int, limit: int = LIMIT):
         height, width = int(split.height[0]), int(split.width[0])
         uniform = (split.height == height).all() and (split.width == width).all()
-        keeps = uniform and len(split) * height * width * channels <= limit
+        self.keeps = bool(uniform and len(split) * height * width * channels <= limit)
         self.size = (height, width)
-        self._pixels = np.zeros((len(split), height, width, channels), np.uint8) if keeps else None
+        self._pixels = np.zeros((len(split), height, width, channels), np.uint8) if self.keeps else None
         self._has = np.zeros(len(split), bool)
 
     def has(self, rows: np.ndarray) -> np.ndarray:
@@ -27,7 +27,7 @@ class Kept:
         return self._has[rows]
 
     def put(self, row: int, pixels: np.ndarray) -> None:
-        if self._pixels is not None and pixels.shape == self._pixels.shape[1:]:
+        if self.keeps:
             self._pixels[row] = pixels
             self._has[row] = True  # last: another thread may look
 

@@ -118,9 +118,8 @@ class Reader:
         """(rows as a Batch, seconds it waited for bytes).
 
         windows: for each row the bytes (or a Future of them) of a window that begins at row `starts`, anything if the
-        row is kept; epochs int64
-        (n,), None: no augmenting; side: of the images, 0: as `augment` has it. ValueError when not one sample of the
-        batch can be read, or more than the limit cannot.
+        row is kept; epochs: int64 (n,), `Order.epochs`, None: no augmenting; side: of the images, 0: as `augment` has
+        it. ValueError when not one sample of the batch can be read, or more than the limit cannot.
         """
         augment, split = self.augment, self.split
         side = side or augment.image_size
@@ -172,12 +171,12 @@ class Reader:
     def _place(self, out: np.ndarray, row: int, data, room: np.ndarray, box: list[int] | None, mirrored: bool) -> None:
         """Decodes into `out`, uint8 (side, side, c): the area `box`, or what evaluation sees."""
         shrink, side = 1, len(out)
-        if data[:2] == aug.JPEG and not self.augment.exact_decode:
+        # What is kept is kept whole: shrunk by one epoch's crop, it would not do for the next one's.
+        if data[:2] == aug.JPEG and not (self.augment.exact_decode or self.kept.keeps):
             shrink = aug.shrinkable(*(box[2:] if box else aug.jpeg_size(data)), side)
         image = aug.decode(data, out.shape[2], shrink, room)
-        if shrink == 1:
-            self.kept.put(row, image)
-        elif box:
+        self.kept.put(row, image)
+        if box and shrink > 1:
             box = [number // shrink for number in box]
         _draw(out, image, box, mirrored)
 
@@ -218,8 +217,7 @@ class Reader:
         if len(self.quarantined) > self.quarantine_limit:
             raise ValueError(
                 f"{len(self.quarantined)} samples of {self.split.root or 'the mixture'} could not be read, the last "
-                f"{self._name(row)}: "
-                f"the shards are damaged; shard them again"
+                f"{self._name(row)}: the shards are damaged; shard them again"
             )
 
     def _name(self, row: int) -> str:
