@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline import draw
-from pipeline.loading.augment import Augment, crop_boxes, decode, fit, random_resized_crop, to_float, vary
+from pipeline.loading.augment import Augment, crop_boxes, crop_into, decode, fit, to_float, vary
 
 
 def picture(height=48, width=64, channels=3, seed=0):
@@ -25,6 +25,14 @@ def coded(pixels, form):
     buffer = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(buffer, form, **({"quality": 95} if form == "JPEG" else {}))
     return buffer.getvalue()
+
+
+def random_resized_crop(image, side, seed, epoch, row):
+    height, width, channels = image.shape
+    out = np.empty((side, side, channels), np.uint8)
+    box = crop_boxes(np.array([height]), np.array([width]), seed, np.array([epoch]), np.array([row]))[0]
+    crop_into(image, box.tolist(), False, out)
+    return out
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])

@@ -110,6 +110,10 @@ def test_what_cannot_be_shared_is_refused(digits, options, said):
 
 
 def test_datasets_of_other_classes_are_not_mixed(digits, photos):
+    with pytest.raises(ValueError, match="no dataset"):
+        Loader([])
+    with pytest.raises(ValueError, match="balance is for one dataset"):
+        Loader([(digits, 1), (digits, 1)], selection=Selection(balance=True))
     with pytest.raises(ValueError, match="other classes"):
         Loader([(digits, 1), (photos, 1)], augment=AUGMENT)
 

@@ -345,3 +345,11 @@ def test_a_fold_that_is_held_out_is_what_the_run_is_validated_on(digits, tmp_pat
     chosen = open_run(str(tmp_path / "run")).chosen(index.load(digits))
     assert {len(split) for split in seen} == {len(chosen.held_out)}
     assert len(chosen.split) + len(chosen.held_out) == len(train)
+
+
+def test_a_run_made_before_there_were_selections_can_still_be_opened(digits, tmp_path):
+    start(str(tmp_path / "run"), "test", runs.cnn(), digits, 0)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    del stored["selection"], stored["augment"]["policy"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    assert open_run(str(tmp_path / "run")).config.selection == Selection()

@@ -16,6 +16,7 @@ from pipeline import storage
 from pipeline.loading.augment import Augment, decode, fit
 from pipeline.loading.kept import Kept
 from pipeline.loading.order import Batching, Order
+from pipeline.loading.selection import draws
 from pipeline.loading.steps import Reader, Steps, fixed_batches
 from pipeline.shards import index, tar
 from pipeline.shards.build import build
@@ -115,6 +116,21 @@ def test_the_crop_of_a_sample_does_not_depend_on_who_shares_its_batch(train):
     small, large = crops(32), crops(400)
     assert small.keys() == large.keys()
     assert all(np.array_equal(small[row], large[row]) for row in small)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_sample_looks_otherwise_each_time_it_is_drawn(train, weighted):
+    """In another epoch, and again in the same one where some are drawn several times."""
+    split = train.take(np.arange(0, len(train), 20))
+    chosen = draws(split, np.where(np.arange(len(split)) % 9, 1.0, 8.0), 3) if weighted else None
+    steps, looks = iter(Steps(split, AUGMENTS["resized"], 3, Batching(16), draws=chosen)), {}
+    for _ in range(4 * len(split) // 16):
+        (batch,) = next(steps).micro_batches
+        for row, image in zip(batch.rows.tolist(), batch.images.numpy(), strict=True):
+            looks.setdefault(row, []).append(image.tobytes())
+    steps.close()
+    assert max(map(len, looks.values())) >= (10 if weighted else 4)
+    assert all(len(set(seen)) == len(seen) for seen in looks.values())
 
 
 def test_seeds_draw_and_vary_otherwise(train):

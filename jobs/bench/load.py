@@ -62,7 +62,7 @@ class Args:
     photos: str | None = None
     """Folder where the photos are kept and found again; default: a temporary one."""
     count: int = 4000
-    """How many of them are cut; each is in the dataset six times."""
+    """How many of them are cut; each is in the dataset six times, with --s3 twelve."""
     augment: Augment = field(default_factory=lambda: Augment(image_size=224, crop="resized", flip=True))
     batch: int = 256
     """Images in a batch."""

@@ -180,15 +180,6 @@ def crop_into(image: np.ndarray, box: list[int], mirrored: bool, out: np.ndarray
         cv2.flip(flat, 1, dst=flat)
 
 
-def random_resized_crop(image: np.ndarray, side: int, seed: int, epoch: int, row: int) -> np.ndarray:
-    """A keyed random area (`crop_boxes`) resized to (side, side, c)."""
-    height, width, channels = image.shape
-    out = np.empty((side, side, channels), np.uint8)
-    box = crop_boxes(np.array([height]), np.array([width]), seed, np.array([epoch]), np.array([row]))[0]
-    crop_into(image, box.tolist(), False, out)
-    return out
-
-
 def vary(images: np.ndarray, augment: Augment, seed: int, epochs: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Shifts and flips of a whole micro-batch at once: uint8 (n, s, s, c), keyed per image; may work in place."""
     if augment.crop == "pad" and augment.pad:

@@ -58,6 +58,8 @@ class Loader:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}: ranks are numbered from 0")
         parts = [(dataset, 1.0)] if isinstance(dataset, str | Dataset) else dataset
+        if not parts:
+            raise ValueError("no dataset: name at least one")
         parts = [(index.load(part) if isinstance(part, str) else part, share) for part, share in parts]
         self.dataset, self.batch = parts[0][0], batch
         chosen = _chosen(parts, split, selection or Selection(), seed)
@@ -113,8 +115,7 @@ def _chosen(parts: list[tuple[Dataset, float]], split: str, selection: Selection
     for other, _ in others:
         if other.classes != first.classes:
             raise ValueError(f"{other.root} has other classes than {first.root}: labels would not mean the same")
-    chosen = [(choose(part.split(split), dataclasses.replace(selection, balance=False), seed).split, share)
-              for part, share in parts]  # fmt: skip
     if selection.balance:
         raise ValueError("balance is for one dataset: weigh a mixture by its shares")
+    chosen = [(choose(part.split(split), selection, seed).split, share) for part, share in parts]
     return Chosen(*mixture(chosen, seed), held_out=None)

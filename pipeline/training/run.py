@@ -148,7 +148,7 @@ def open_run(path: str) -> Run:
         OptimConfig(**stored["optim"]),
         LoopConfig(**stored["loop"]),
         Augment(**stored["augment"]),
-        Selection(**stored["selection"]),
+        Selection(**stored.get("selection", {})),  # runs of an older millstream took every sample
     )
     return Run(path, config, Facts(**facts), stored["data"], stored["data_digest"])
 
