@@ -12,10 +12,10 @@ from jobs.command import absolute, execute, parse, say
 from pipeline import storage
 from pipeline.loading import audit
 from pipeline.loading.order import LANES, Batching, Order
-from pipeline.shards import index
+from pipeline.shards import index, pinned
 from pipeline.shards.mixing import mixing
 from pipeline.training import checkpoint
-from pipeline.training.loop import total_steps
+from pipeline.training.cadence import total_steps
 from pipeline.training.run import Run, open_run
 
 _NEAR = 0.05  # of random, beyond what chance varies by: further off is said to be
@@ -155,9 +155,7 @@ def _shuffle(args: Args, split: index.Split) -> dict:
 
 
 def _check_run(opened: Run, data: str | None) -> dict:
-    dataset, loop = index.load(data or opened.data), opened.config.loop
-    if index.digest(dataset.info) != opened.data_digest:
-        raise ValueError(f"{dataset.root} is not the dataset that {opened.path} was trained on: name that one")
+    dataset, loop = pinned.at(index.load(data or opened.data), opened.generations), opened.config.loop
     chain = checkpoint.lineage(opened.path)
     if not chain:
         raise ValueError(f"{opened.path} has no checkpoint yet: what its steps drew is stored with the first")

@@ -4,12 +4,15 @@ People read stderr; stdout carries nothing but the one JSON object of --json. A 
 is one clear line and exit code 2, anything else that failed is 1, Ctrl-C is 130.
 """
 
+import contextlib
 import json
 import os
+import signal
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tyro
 from rich.console import Console
@@ -65,7 +68,33 @@ def execute(run: Callable[[], dict | None], as_json: bool) -> int:
         return 1
     if as_json and result is not None:
         print(json.dumps(result, default=str), flush=True)
-    return 0
+    return (result or {}).get("exit_code", 0)
+
+
+class Stop(threading.Event):
+    """Set by the first Ctrl-C or SIGTERM; `exit_code` says which, as shells do."""
+
+    exit_code = 0
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Stop]:
+    """What Ctrl-C and SIGTERM set, so that work can end in order; the second ends it at once."""
+    stop = Stop()
+
+    def note(number, frame) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.exit_code = 128 + number
+        stop.set()
+        say("stopping after the step in flight, with a checkpoint; once more stops at once")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _debug() -> None:
@@ -139,9 +168,9 @@ class TrainingProgress:
             say(f"epoch {row['epoch']:5.2f}  {row['samples']:>10,} samples  {note}")
 
 
-def fit_with_progress(opened, resources) -> dict:
+def fit_with_progress(opened, resources, stop: Stop | None = None) -> dict:
     """Trains an opened run, rows shown on stderr; Ray must run if the resources ask for workers."""
     from pipeline.training import fit
 
     with TrainingProgress(opened.steps() * opened.config.loop.batch) as show:
-        return fit.train(opened, resources, show, waiting=say)
+        return fit.train(opened, resources, show, waiting=say, stop=stop)

@@ -17,7 +17,9 @@ from pipeline.shards.plan import Recipe
 from pipeline.sources.digits import digit_images
 from pipeline.training import fit
 from pipeline.training.checkpoint import read_metrics
-from pipeline.training.run import Resources, Run, draw_classes, start
+from pipeline.training.rank import draw_classes
+from pipeline.training.resources import Resources
+from pipeline.training.run import Run, start
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def run(args: Args) -> dict:
             if workers:
                 stack.enter_context(ray_session(workers, args.address))
 
-        workers, source, recipe = args.resources.workers, f"folder:{raw}", Recipe(format="png", samples_per_shard=200)
+        workers, source, recipe = args.resources.most, f"folder:{raw}", Recipe(format="png", samples_per_shard=200)
         say(f"2. shards: {data}")
         if not build.describe(source, data, recipe)["done"]:
             ray()

@@ -10,7 +10,8 @@ from jobs import report_page
 from jobs.command import absolute, execute, parse, say
 from pipeline import storage
 from pipeline.shards import index
-from pipeline.training.run import Resources, Run, open_run
+from pipeline.training.resources import Resources
+from pipeline.training.run import Run, open_run
 from pipeline.training.tasks import ClassifyConfig
 
 
@@ -39,10 +40,10 @@ def run(args: Args) -> dict:
     opened = open_run(absolute(args.run))
     data = absolute(args.data) if args.data else opened.data
     check(opened, data, args.split)
-    if args.resources.workers == 0:
+    if args.resources.most == 0:
         scores, _ = report_page.evaluate(opened, data, args.split, args.resources)
     else:
-        with ray_session(args.resources.workers, args.address):
+        with ray_session(args.resources.most, args.address):
             scores, _ = report_page.evaluate(opened, data, args.split, args.resources)
     say(f"{args.split}: accuracy {scores['accuracy']:.4f} over {scores['samples']:,} samples")
     say(f"report: {storage.join(opened.path, 'report.html')}")

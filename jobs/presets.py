@@ -3,7 +3,7 @@
 import difflib
 
 from pipeline.loading.augment import Augment
-from pipeline.training.loop import LoopConfig
+from pipeline.training.cadence import LoopConfig
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import TrainConfig
 from pipeline.training.tasks import ClassifyConfig, GanConfig

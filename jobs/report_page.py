@@ -11,7 +11,8 @@ from pipeline.loading.augment import Augment
 from pipeline.loading.steps import Reader
 from pipeline.shards import index
 from pipeline.training import checkpoint, fit
-from pipeline.training.run import Resources, Run
+from pipeline.training.resources import Resources
+from pipeline.training.run import Run
 from pipeline.training.tasks import Predictions
 
 Sections = list[tuple[str, str]]

@@ -8,7 +8,8 @@ import tyro
 from jobs.command import absolute, execute, parse, say
 from pipeline import storage
 from pipeline.evaluation import report
-from pipeline.training.run import Run, draw_classes, open_run
+from pipeline.training.rank import draw_classes
+from pipeline.training.run import Run, open_run
 
 
 @dataclass(frozen=True)

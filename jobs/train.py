@@ -1,5 +1,6 @@
 """Trains a preset on a dataset. The same command again resumes where the run stands."""
 
+import contextlib
 from dataclasses import asdict, dataclass, field
 
 import tyro
@@ -7,12 +8,13 @@ from rich.table import Table
 
 from cluster.session import ray_session
 from jobs import presets
-from jobs.command import absolute, console, execute, fit_with_progress, parse, say
+from jobs.command import absolute, asked_to_stop, console, execute, fit_with_progress, parse, say
 from pipeline.loading.selection import choose
 from pipeline.shards import index
 from pipeline.training import fit
-from pipeline.training.loop import total_steps
-from pipeline.training.run import Resources, TrainConfig, start
+from pipeline.training.cadence import total_steps
+from pipeline.training.resources import Resources
+from pipeline.training.run import TrainConfig, start
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ def run(args: Args, preset: str) -> dict:
         say(f"{preset} on {args.data} ({samples:,} samples) -> {args.out}: {steps:,} steps")
         return {"preset": preset, "data": data, "run": out, "steps": steps, "config": asdict(args.config)}
     opened = start(out, preset, args.config, data, workers)
-    if workers == 0 or fit.finished(opened):
-        result = fit_with_progress(opened, args.resources)
-    else:
-        with ray_session(workers, args.address):
-            result = fit_with_progress(opened, args.resources)
+    here = args.resources.most == 0 or fit.finished(opened)
+    # Ray first: it takes SIGTERM for itself when it starts.
+    with contextlib.nullcontext() if here else ray_session(args.resources.most, args.address), asked_to_stop() as stop:
+        result = fit_with_progress(opened, args.resources, stop)
+    if result["stopped"]:
+        say(
+            f"stopped at {result['samples_seen']:,} samples, which are saved: the same command again goes on from there"
+        )
+        return result | {"exit_code": stop.exit_code}
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != "epoch")
     say(f"{'trained already: ' if result['done'] else ''}{result['samples_seen']:,} samples seen, {numbers}")
     say(f"checkpoint: {result['checkpoint']}")

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.loading.augment import Augment
 from pipeline.training import checkpoint
-from pipeline.training.loop import LoopConfig
+from pipeline.training.cadence import LoopConfig
 from pipeline.training.optim import OptimConfig
 from pipeline.training.run import TrainConfig
 from pipeline.training.tasks import ClassifyConfig, GanConfig

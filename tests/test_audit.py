@@ -21,7 +21,8 @@ from pipeline.shards import index
 from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 from pipeline.training import checkpoint, fit
-from pipeline.training.run import Resources, start
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
 
 HERE = Resources(workers=0, threads=1)
 shard_counts = st.lists(st.integers(0, 500), min_size=1, max_size=9).filter(lambda counts: sum(counts) > 0)

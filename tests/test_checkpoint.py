@@ -4,14 +4,17 @@ import fcntl
 import json
 import os
 import threading
+import time
 import warnings
 
 import pytest
 import torch
+from s3_server import wait_for
 
 from pipeline import storage
 from pipeline.training import checkpoint
-from pipeline.training.checkpoint import Saver, Superseded
+from pipeline.training.checkpoint import Superseded
+from pipeline.training.saver import HostMemory, Saver
 
 
 def state_of(samples, attempt=1):
@@ -29,10 +32,10 @@ def name(samples, attempt):
 class Started:
     """A start of the run: claims, and saves every ten samples on request."""
 
-    def __init__(self, run, keep=2, on_segment=None):
+    def __init__(self, run, keep=2, on_commit=None):
         self.attempt, self.found = checkpoint.claim(run)
         self.at = self.found.samples if self.found else 0
-        self.saver = Saver(run, self.attempt, self.found, keep, on_segment)
+        self.saver = Saver(run, self.attempt, self.found, keep, on_commit)
 
     def save(self, samples, accuracy=None):
         validation = {} if accuracy is None else {"accuracy": accuracy}
@@ -187,15 +190,16 @@ def test_steps_taken_again_after_damage_stand_once(run):
     assert checkpoint.read_metrics(run) == rows_of(40)
 
 
-def test_what_an_orphan_stores_after_its_successors_claim_is_never_read(place):
+def test_what_an_orphan_stores_after_its_successors_claim_is_never_read(place, monkeypatch):
     run = storage.join(place, "run")
     orphan = Started(run, keep=5)
     orphan.save(10)
     successor = Started(run, keep=5)
     # A paused writer has passed its check before the claim: here it writes without one.
-    orphan.saver._check_newest = lambda: None
-    orphan.save(20)
-    orphan.save(90, accuracy=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "check_newest", lambda run, attempt: None)
+        orphan.save(20)
+        orphan.save(90, accuracy=1.0)
     assert newest_samples(run) == 10
     assert [m.name for m in checkpoint.lineage(run)] == [name(10, 1)]
     assert checkpoint.best(run).name == name(10, 1)
@@ -219,8 +223,27 @@ def test_an_orphan_deletes_nothing_of_its_successors(place):
         successor.save(samples)
     before = there(run)
     with pytest.raises(Superseded):
-        orphan.saver._prune()
+        checkpoint.prune(run, 1, 1, checkpoint.lineage(run)[-1], None)
     assert there(run) == before == {name(20, 1), name(30, 2), name(40, 2), name(50, 2)}
+
+
+def test_an_orphan_whose_successor_begins_while_it_uploads_commits_nothing(place, monkeypatch):
+    run = storage.join(place, "run")
+    orphan = Started(run)
+    orphan.save(10)
+    write, successors = storage.write, []
+
+    def begins(path, data):
+        write(path, data)
+        if path.endswith("state.pt") and not successors:
+            successors.append(None)
+            successors.append(checkpoint.claim(run))
+
+    monkeypatch.setattr(storage, "write", begins)
+    with pytest.raises(Superseded, match="attempt 2"):
+        orphan.save(20)
+    assert successors[1][1].name == name(10, 1)
+    assert not storage.exists(file_of(run, 20, "manifest.json"))
 
 
 def test_an_orphans_next_save_says_that_it_is_superseded(place):
@@ -310,7 +333,179 @@ def test_what_an_orphan_had_in_flight_when_it_died_after_its_successors_start_go
     assert not os.path.exists(left)
 
 
+# ---- what stays
+
+
+def test_a_pinned_checkpoint_stays_until_it_is_let_go(run):
+    checkpoint.pin(run, name(10, 1), "published as v1")
+    start = Started(run, keep=1)
+    for samples in (40, 50):
+        start.save(samples)
+    assert there(run) == {name(10, 1), name(30, 1), name(50, 2)}  # pinned, resumed from, newest
+    assert checkpoint.pinned(run) == {name(10, 1)}
+    checkpoint.unpin(run, name(10, 1))
+    start.save(60)
+    assert there(run) == {name(30, 1), name(60, 2)}
+
+
+@pytest.mark.parametrize("absent", [name(70, 1), "../elsewhere", ""])
+def test_what_is_not_there_cannot_be_pinned(run, absent):
+    with pytest.raises(ValueError, match="no checkpoint"):
+        checkpoint.pin(run, absent, "")
+    assert not checkpoint.pinned(run)
+
+
+def test_nothing_goes_for_a_checkpoint_that_is_not_there_as_written(run, monkeypatch):
+    start = Started(run, keep=1)
+    write = storage.write
+
+    def cut(path, data):
+        write(path, bytes(data)[:-1] if path.endswith("state.pt") else data)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"state.pt of checkpoint {name(40, 2)}"):
+        patch.setattr(storage, "write", cut)
+        start.save(40)
+    assert there(run) == {name(10, 1), name(20, 1), name(30, 1), name(40, 2)}
+    with pytest.warns(UserWarning, match="going back"):
+        assert newest_samples(run) == 30
+
+
+def test_each_manifest_says_what_its_checkpoint_comes_from(place):
+    run = storage.join(place, "run")
+    attempt, found = checkpoint.claim(run)
+    saver = Saver(run, attempt, found, about={"config": {"lr": 0.1}, "generations": ["ab"], "millstream": "1"})
+    saver.save(state_of(10), 10, [], {})
+    saver.wait()
+    saver.close()
+    assert checkpoint.lineage(run)[0].about == {"config": {"lr": 0.1}, "generations": ["ab"], "millstream": "1"}
+
+
+def test_a_manifest_of_an_older_millstream_is_read(run):
+    path = file_of(run, 30, "manifest.json")
+    content = json.loads(storage.read(path))
+    del content["about"], content["digest"]
+    storage.write(path, json.dumps(content).encode())
+    assert newest_samples(run) == 30
+    assert checkpoint.lineage(run)[0].about == {}
+
+
+# ---- the copy
+
+
+def test_the_copy_is_in_memory_that_is_used_again():
+    host, state = HostMemory(), {"a": torch.arange(6.0), "b": [torch.ones(2, 3), ("x", 1)], "c": torch.tensor(3)}
+    first = host.copy(state)
+    where = first["a"].data_ptr(), first["b"][0].data_ptr()
+    state["a"] += 1
+    assert first["a"].tolist() == list(range(6))
+    second = host.copy(state)
+    assert (second["a"].data_ptr(), second["b"][0].data_ptr()) == where
+    assert second["a"].tolist() == list(range(1, 7))
+    assert second["b"][1] == ("x", 1)
+    assert second["c"].item() == 3
+
+
+def test_a_state_that_grows_or_changes_shape_is_copied_whole():
+    """As an optimiser's does with its first step."""
+    host, first, second = HostMemory(), {"w": torch.ones(3)}, {"s": torch.zeros(4), "w": torch.full((3, 2), 5.0)}
+    host.copy(first)
+    copied = host.copy(second)
+    assert all(torch.equal(copied[key], second[key]) for key in second)
+    assert torch.equal(host.copy(first)["w"], first["w"])
+
+
+def test_a_view_is_stored_without_what_it_is_a_view_of(tmp_path):
+    whole = torch.zeros(1_000_000)
+    copied = HostMemory().copy({"view": whole[:10], "wide": torch.zeros(1).expand(4), "last": torch.ones(2, 3, 4, 4).to(
+        memory_format=torch.channels_last)})  # fmt: skip
+    torch.save(copied, tmp_path / "state.pt")
+    assert (tmp_path / "state.pt").stat().st_size < 10_000
+    assert copied["last"].is_contiguous(memory_format=torch.channels_last)
+    assert copied["wide"].tolist() == [0] * 4
+
+
 # ---- failures
+
+
+def failing(monkeypatch, times, error, where="state.pt"):
+    """storage.write fails so often for a path of that name; the list of failures so far."""
+    write, failures = storage.write, []
+
+    def fail(path, data):
+        if path.endswith(where) and len(failures) < times:
+            failures.append(path)
+            raise error
+        write(path, data)
+
+    monkeypatch.setattr(storage, "write", fail)
+    return failures
+
+
+@pytest.mark.parametrize("where", ["state.pt", "0010-0001.jsonl", "manifest.json"])
+@pytest.mark.parametrize(
+    "error", [storage.StorageError(11, "no answer", "s3://there"), OSError(28, "No space left on device")]
+)
+def test_a_store_that_fails_for_a_while_is_asked_again(place, monkeypatch, where, error):
+    run = storage.join(place, "run")
+    start = Started(run)
+    start.saver._over.wait = lambda seconds: None  # no need to wait here
+    failures = failing(monkeypatch, 3, error, where)
+    with pytest.warns(UserWarning, match="cannot be stored yet") as told:
+        start.save(10)
+    assert len(failures) == 3
+    assert [str(w.message)[-12:] for w in told if "is stored" in str(w.message)] == ["at attempt 4"]
+    start.save(20)
+    assert newest_samples(run) == 20
+    assert checkpoint.read_metrics(run) == rows_of(20)
+
+
+def test_patience_ends(tmp_path, monkeypatch):
+    attempt, found = checkpoint.claim(str(tmp_path))
+    saver = Saver(str(tmp_path), attempt, found, patience=0.2)
+    failing(monkeypatch, 10**9, storage.StorageError(11, "no answer", "s3://there"))
+    with (
+        pytest.warns(UserWarning, match="cannot be stored yet"),
+        pytest.raises(storage.StorageError, match="no answer"),
+    ):
+        saver.save(state_of(10), 10, [], {})
+        saver.wait()
+    saver.close()
+
+
+def test_a_writer_that_waits_for_its_store_gives_up_when_training_ends(tmp_path, monkeypatch):
+    attempt, found = checkpoint.claim(str(tmp_path))
+    saver = Saver(str(tmp_path), attempt, found)
+    failures = failing(monkeypatch, 10**9, storage.StorageError(11, "no answer", "s3://there"))
+    with pytest.warns(UserWarning, match="cannot be stored yet"):
+        saver.save(state_of(10), 10, [], {})
+        wait_for(lambda: len(failures) >= 2, 20, "second attempt")
+        before = time.monotonic()
+        saver.close()
+    assert time.monotonic() - before < 5
+    assert saver.newest() is None
+
+
+def test_what_cannot_be_mended_by_waiting_is_raised_at_once(tmp_path, monkeypatch):
+    start = Started(str(tmp_path))
+    failures = failing(monkeypatch, 1, PermissionError(13, "not yours"))
+    with pytest.raises(PermissionError):
+        start.save(10)
+    assert len(failures) == 1
+
+
+def test_a_store_that_does_not_answer_is_no_reason_to_go_back_to_an_older_checkpoint(run, monkeypatch):
+    read, failures = storage.read, []
+
+    def fail(path):
+        if path.endswith("state.pt") and len(failures) < 2:
+            failures.append(path)
+            raise storage.StorageError(11, "no answer", path)
+        return read(path)
+
+    monkeypatch.setattr(storage, "read", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.warns(UserWarning, match="cannot be read yet"):
+        assert newest_samples(run) == 30
 
 
 def break_folder(run):
@@ -358,10 +553,23 @@ def test_lost_metrics_are_a_warning_and_no_reason_to_stop(run):
 
 def test_segments_are_handed_on_as_they_are_written(place):
     seen = []
-    start = Started(storage.join(place, "run"), on_segment=lambda *given: seen.append(given))
+    start = Started(storage.join(place, "run"), on_commit=lambda *given: seen.append(given))
     start.save(20)
     start.save(30)
     assert seen == [(name(20, 1), rows_of(20)), (name(30, 1), rows_of(30, 20))]
+
+
+def test_who_is_told_of_a_segment_finds_its_checkpoint_and_cannot_spoil_it(place):
+    run = storage.join(place, "run")
+
+    def told(segment, rows):
+        assert [m.name for m in checkpoint.lineage(run)][0] == segment
+        raise RuntimeError("the tracker is down")
+
+    start = Started(run, on_commit=told)
+    with pytest.warns(UserWarning, match="could not be tracked: the tracker is down"):
+        start.save(20)
+    assert newest_samples(run) == 20
 
 
 def test_a_state_is_data_and_never_code(run):

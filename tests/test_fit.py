@@ -16,7 +16,9 @@ from s3_server import wait_for
 from pipeline import lease
 from pipeline.shards import index
 from pipeline.training import checkpoint, fit
-from pipeline.training.run import Resources, evaluate_rank, restored, start, train_rank
+from pipeline.training.rank import evaluate_rank, restored, train_rank
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
 
 HERE = Resources(workers=0, threads=1)
 
@@ -34,9 +36,9 @@ def whole(digits, tmp_path_factory):
 def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digits, whole, tmp_path, workers):
     """Both kinds of run and an evaluation by one group of workers, which take longer to start than these to run."""
 
-    def everything(trained, evaluated, world, threads, report):  # in here, so that it travels to them by value
+    def everything(trained, evaluated, world, threads, contact):  # in here, so that it travels to them by value
         for run in trained:
-            train_rank(run, world, Resources(), threads, report)
+            train_rank(run, world, Resources(), threads, contact)
         task, _ = restored(evaluated, world.device)
         split = index.load(evaluated.data).split("train")
         return evaluate_rank(evaluated, task, split, world, threads), world.size
@@ -45,7 +47,7 @@ def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digi
     evaluated = start(str(whole / "cnn"), "test", runs.cnn(), digits, workers)
     seen = []
     resources = Resources(workers=workers, threads=1)
-    answers, size = fit.launch(everything, (trained, evaluated), resources, seen.append)
+    answers, size = fit.launch(everything, (trained, evaluated), evaluated, resources, seen.append)
     assert size == workers
     for kind in runs.KINDS:
         assert runs.ends_alike(str(tmp_path / kind), str(whole / kind))
@@ -118,7 +120,8 @@ HALTING = """
 import sys, time
 import runs
 from pipeline.training import fit
-from pipeline.training.run import Resources, start
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
 path, data, kind, step = sys.argv[1:]
 def report(row):
     if row["step"] == int(step):

@@ -28,7 +28,8 @@ import os, sys
 import runs
 from cluster.session import ray_session
 from pipeline.training import fit
-from pipeline.training.run import Resources, start
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
 path, data, kind, epochs, workers = sys.argv[1:]
 run = start(path, "test", runs.KINDS[kind](epochs=int(epochs), checkpoint_every=64), data, int(workers))
 def train():

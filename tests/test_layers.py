@@ -15,9 +15,9 @@ ALLOWED = {
     "sources": {"storage", "draw"},
     "shards": {"sources", "storage", "lease", "draw"},
     "loading": {"shards.tar", "shards.index", "storage", "draw"},
-    "training": {"loading", "models", "evaluation", "shards.index", "storage", "lease", "draw"},
+    "training": {"loading", "models", "evaluation", "shards.index", "shards.pinned", "storage", "lease", "draw"},
 }
-RAY = {"pipeline.shards.build", "pipeline.training.fit", "pipeline.predict"}
+RAY = {"pipeline.shards.build", "pipeline.training.attempt", "pipeline.training.room", "pipeline.predict"}
 
 
 def modules():

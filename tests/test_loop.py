@@ -1,6 +1,7 @@
 """The loop: what is summed and averaged, when it validates, saves and stops; neither micro-batches nor ranks show."""
 
 import threading
+import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import nn
 
 from pipeline.loading import audit
 from pipeline.loading.steps import Batch, Step
-from pipeline.training.checkpoint import snapshot
-from pipeline.training.loop import LoopConfig, take_phase, total_steps, train
+from pipeline.training.cadence import LoopConfig, total_steps
+from pipeline.training.loop import NotFinite, take_phase, train
 from pipeline.training.optim import OptimConfig, make_optimizer
+from pipeline.training.saver import HostMemory
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, Phase, Task, make_task
-from pipeline.training.world import World
+from pipeline.training.world import Contact, World
 
 FACTS = Facts(1, 16, ("a", "b", "c"), (0.4,), (0.3,))
 SGD = OptimConfig(optimizer="sgd", lr=0.01, schedule="constant")
@@ -41,8 +43,8 @@ def normed(optim=SGD, **options):
     def loss(batch):
         logits = model(batch.images.permute(0, 3, 1, 2).float() / 255)
         each = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-        total = (each * batch.weights).sum()
-        return total, {"loss": total.detach()}
+        each = each * batch.weights
+        return each, {"loss": each.detach().sum()}
 
     return Task({"model": model}, [Phase("model", model, make_optimizer(model, optim), loss)])
 
@@ -78,7 +80,7 @@ class Kept:
     saves: list = field(default_factory=list)
 
     def save(self, state, samples, rows, validation):
-        self.saves.append((snapshot(state), samples, rows, validation))
+        self.saves.append((HostMemory().copy(state), samples, rows, validation))
 
     def wait(self):
         pass
@@ -87,7 +89,7 @@ class Kept:
 def run(config, task, optim=SGD, world=None, start=0, validate=dict, report=lambda row: None):
     world, saver = world or World(), Kept()
     steps = steps_of(config, world.rank, world.size, start)
-    last = train(config, optim, task, steps, SAMPLES, world, validate, saver, report)
+    last = train(config, optim, task, steps, SAMPLES, world, validate, saver, Contact(report))
     return saver.saves, last
 
 
@@ -178,7 +180,7 @@ def test_micro_batches_summed_are_one_big_batch(optim):
 def test_gradients_are_the_mean_over_the_step():
     task, config = normed(), LoopConfig(batch=16, micro_batches=1)
     model, step = task.phases[0].module, next(steps_of(config))
-    loss, _ = task.phases[0].loss(step.micro_batches[0])
+    loss = task.phases[0].loss(step.micro_batches[0])[0].sum()
     expected = torch.autograd.grad(loss / 16, list(model.parameters()))
     numbers = take_phase(config, SGD, 0, task.phases[0], step, World())
     assert numbers["loss"] == pytest.approx(loss.item() / 16, rel=1e-5)
@@ -245,7 +247,7 @@ def test_a_run_stopped_and_gone_on_ends_as_one_unbroken(kind):
     saves, _ = run(config, KINDS[kind]())
     state, samples, _, _ = saves[2]
     task = KINDS[kind]()
-    task.load(snapshot(state)["task"])
+    task.load(HostMemory().copy(state)["task"])
     again, _ = run(config, task, start=samples // 16)
     assert differences(again[-1][0], saves[-1][0]) == {}
 
@@ -256,7 +258,7 @@ def test_a_run_stopped_and_gone_on_ends_as_one_unbroken(kind):
 def rows_of(config, kind="cnn", steps=None, world=None):
     rows, world = [], world or World()
     steps = steps or steps_of(config, world.rank, world.size)
-    train(config, SGD, KINDS[kind](), steps, SAMPLES, world, dict, None, rows.append)
+    train(config, SGD, KINDS[kind](), steps, SAMPLES, world, dict, None, Contact(rows.append))
     return rows
 
 
@@ -303,12 +305,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step():
 
     def breaking(batch):
         calls.append(1)
-        total, numbers = plain(batch)
-        return (total, numbers) if len(calls) != 5 else (total * torch.inf, {"loss": total.detach() * torch.inf})
+        each, numbers = plain(batch)
+        return (each, numbers) if len(calls) != 5 else (each * torch.inf, {"loss": numbers["loss"] * torch.inf})
 
     task.phases[0].loss = breaking
     with pytest.raises(FloatingPointError, match=r"loss is not finite at step 3 \(48 samples\)"):
-        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, lambda row: None)
+        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, Contact())
     assert not saver.saves
 
 
@@ -319,17 +321,146 @@ def test_weights_that_are_not_finite_never_become_a_checkpoint():
 
     def breaking(batch):
         calls.append(1)
-        total, numbers = plain(batch)
+        each, numbers = plain(batch)
         weight = task.phases[0].module.head.weight
-        return (total + (weight - weight.detach()).abs().sqrt().sum() if len(calls) == 6 else total), numbers
+        return (each + (weight - weight.detach()).abs().sqrt().sum() if len(calls) == 6 else each), numbers
 
     task.phases[0].loss = breaking
     with pytest.raises(FloatingPointError, match="a weight of the model is not finite at step 6"):
-        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, lambda row: None)
+        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, saver, Contact())
     assert not saver.saves
 
 
+def breaking_at(task, call, spoil):
+    """The task, whose first phase's losses go through `spoil(each, numbers)` at one call."""
+    plain, calls = task.phases[0].loss, []
+
+    def loss(batch):
+        calls.append(1)
+        each, numbers = plain(batch)
+        return spoil(each, numbers) if len(calls) == call else (each, numbers)
+
+    task.phases[0].loss = loss
+    return task
+
+
+def one_sample_bad(each, numbers):
+    """The third of a micro-batch has a loss that is not a number."""
+    spoiled = torch.where(torch.arange(len(each)) == 2, torch.nan, 1.0) * each
+    return spoiled, {"loss": spoiled.detach().sum()}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_samples_whose_loss_is_not_finite_are_named_to_every_rank(size):
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2)
+
+    def body(world):
+        # micro-batch 1 of step 3, whichever rank has it
+        call = {1: 6, 2: 3 if world.rank == 1 else -1}[size]
+        task = breaking_at(normed(), call, one_sample_bad)
+        with pytest.raises(NotFinite) as found:
+            run(config, task, world=world)
+        return found.value.rows, str(found.value)
+
+    for rows, said in Threads(size).run(body):
+        assert rows == (2 * 16 + 1 + 2 * 2,)
+        assert said == "loss is not finite at step 3 (48 samples)"
+
+
+def steep(each, numbers):
+    """A finite loss whose gradient is not."""
+    return each + (each - each.detach()).abs().sqrt(), numbers
+
+
+@pytest.mark.parametrize("spoil", [one_sample_bad, steep])
+@pytest.mark.parametrize("size", [1, 2])
+def test_as_many_steps_that_are_not_finite_as_allowed_are_passed_over(spoil, size):
+    """As if the step had drawn nothing: weights, statistics and counters after it are those before it."""
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2, skip_nonfinite=1, checkpoint_every=16)
+    per_step = 2 // size
+
+    def body(world):
+        task = breaking_at(normed(), 2 * per_step + 1, spoil)
+        return run(config, task, world=world)[0]
+
+    for saves in Threads(size).run(body):
+        rows = [row for _, _, rows, _ in saves for row in rows]
+        assert [row["step"] for row in rows if "skipped" in row] == [3]
+        assert "loss" not in rows[2] or np.isfinite(rows[2]["loss"])
+        assert [state["skipped"] for state, *_ in saves] == [0, 0, 1, 1, 1, 1]
+        before, after = saves[1][0]["task"], saves[2][0]["task"]
+        assert differences(before, after) == {}
+        assert differences(after, saves[3][0]["task"]) != {}
+
+
+def test_one_more_step_that_is_not_finite_stops_the_run_and_steps_before_a_resume_count():
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2, skip_nonfinite=1)
+    task = breaking_at(normed(), 5, one_sample_bad)
+    with pytest.raises(NotFinite, match="at step 3"):
+        train(config, SGD, task, steps_of(config), SAMPLES, World(), dict, None, Contact(), skipped=1)
+
+
+@pytest.mark.parametrize(("size", "asked"), [(1, 0), (2, 0), (2, 1)])
+def test_a_rank_that_is_asked_to_stop_stops_all_after_the_same_step_with_a_checkpoint(size, asked):
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2)
+
+    def body(world):
+        steps, saver, seen = steps_of(config, world.rank, world.size), Kept(), []
+        contact = Contact(seen.append, lambda: world.rank == asked and len(seen) >= 2)
+        row = train(config, SGD, normed(), steps, SAMPLES, world, dict, saver, contact)
+        return row, saver.saves
+
+    for row, saves in Threads(size).run(body):
+        assert (row["step"], row["stopped"]) == (3, True)
+        assert [samples for _, samples, *_ in saves] == [48]
+        assert [row["step"] for row in saves[0][2]] == [1, 2, 3]
+        assert "stopped" not in saves[0][2][-1]
+
+
+def test_who_is_asked_to_stop_at_the_last_step_is_done():
+    config = LoopConfig(epochs=1, batch=16, micro_batches=2)
+    saver = Kept()
+    contact = Contact(asked=lambda: True)
+    row = train(config, SGD, normed(), steps_of(config, start=5), SAMPLES, World(), dict, saver, contact)
+    assert row["samples"] == SAMPLES
+    assert "stopped" not in row
+
+
+def test_time_goes_where_it_is_spent_and_each_step_shows_in_the_clock():
+    config, world = LoopConfig(epochs=1, batch=16, micro_batches=2), World()
+    seen = []
+
+    def slow():
+        for step in steps_of(config):
+            time.sleep(0.02)
+            yield step
+
+    def validate():
+        time.sleep(0.1)
+        return {}
+
+    contact = Contact(lambda row: seen.append((world.clock.step, world.clock.laps)))
+    train(config, SGD, normed(), slow(), SAMPLES, world, validate, None, contact)
+    assert 0.12 <= world.clock.seconds["data"] < 1
+    assert 0.1 <= world.clock.seconds["validation"] < 1
+    assert [step for step, _ in seen] == list(range(6))
+    assert len({laps for _, laps in seen}) == 1
+
+
 # ---- cadence
+
+
+def test_seconds_between_checkpoints_are_counted_from_the_last_of_them(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    config = LoopConfig(epochs=2, batch=16, micro_batches=2, checkpoint_every="30s")
+
+    def report(row):
+        now[0] += 8  # a step takes so long
+
+    saves, _ = run(config, normed(), report=report)
+    # 30 s are over before step 5; the epoch's end at step 6 saves too, and counting begins anew
+    assert [samples // 16 for _, samples, *_ in saves] == [5, 6, 11, 12]
 
 
 @pytest.mark.parametrize(
@@ -386,9 +517,10 @@ def test_a_finished_run_takes_no_step():
     ("field", "value"),
     [
         ("epochs", 0.0), ("epochs", -1.0), ("epochs", float("nan")), ("epochs", float("inf")), ("seed", -1),
-        ("seed", 2**63), ("validate_every", -1), ("checkpoint_every", -5), ("keep", 0),
+        ("seed", 2**63), ("validate_every", -1), ("checkpoint_every", -5), ("keep", 0), ("skip_nonfinite", -1),
+        ("checkpoint_every", "often"), ("checkpoint_every", "5m"), ("checkpoint_every", 2.5),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(field, value):
-    with pytest.raises(ValueError, match=f"{field} {value}"):
+    with pytest.raises(ValueError, match=f"{field} '?{value}"):
         LoopConfig(**{field: value})

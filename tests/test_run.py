@@ -20,10 +20,12 @@ from pipeline.shards import index
 from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 from pipeline.training import checkpoint, fit
-from pipeline.training import run as run_module
-from pipeline.training.run import Resources, describe, draw_classes, open_run, restored, start, train_rank
+from pipeline.training import rank as rank_module
+from pipeline.training.rank import draw_classes, restored, train_rank
+from pipeline.training.resources import Resources
+from pipeline.training.run import describe, open_run, start
 from pipeline.training.tasks import ClassifyConfig
-from pipeline.training.world import World
+from pipeline.training.world import Contact, World
 
 HERE = Resources(workers=0, threads=1)
 
@@ -116,7 +118,7 @@ def test_the_dataset_may_move_but_not_change(digits, whole, tmp_path):
     shutil.copytree(digits, moved)
     assert start(str(whole / "cnn"), "test", runs.cnn(), moved, 0).data == moved
     build("digits:", other, Recipe(samples_per_shard=300, seed=9), workers=0)
-    with pytest.raises(ValueError, match=r"another dataset than .*other.*another --out"):
+    with pytest.raises(ValueError, match=r"other is not the dataset that was.*generation 0.*another --out"):
         start(str(whole / "cnn"), "test", runs.cnn(), other, 0)
 
 
@@ -126,8 +128,8 @@ def test_a_dataset_changed_under_a_running_run_is_refused(digits, tmp_path):
     run = start(str(tmp_path / "run"), "test", runs.cnn(), data, 0)
     shutil.rmtree(data)
     build("digits:", data, Recipe(samples_per_shard=300, seed=9), workers=0)
-    with pytest.raises(ValueError, match="is not the dataset that"):
-        train_rank(run, World(), HERE, 1, lambda row: None)
+    with pytest.raises(ValueError, match="is not the dataset that was"):
+        train_rank(run, World(), HERE, 1, Contact())
 
 
 def test_workers_that_cannot_share_a_step_are_told_which_can(digits, whole, tmp_path):
@@ -270,7 +272,7 @@ def test_tensorboard_shows_each_step_once_whatever_happened(digits, tmp_path):
 def test_the_record_is_complete(whole):
     stored = json.loads((whole / "cnn/config.json").read_text())
     assert stored["preset"] == "test"
-    assert {"task", "optim", "loop", "augment", "facts", "data", "data_digest", "millstream"} <= stored.keys()
+    assert {"task", "optim", "loop", "augment", "facts", "data", "generations", "millstream"} <= stored.keys()
     rows = [json.loads(line) for line in (whole / "cnn/metrics.jsonl").read_text().splitlines()]
     assert rows == checkpoint.read_metrics(str(whole / "cnn"))
     assert rows[-1]["samples"] == 1664
@@ -332,13 +334,13 @@ def test_a_run_on_a_part_of_the_samples_is_resumed_alike_and_stands_an_audit(dig
 
 
 def test_a_fold_that_is_held_out_is_what_the_run_is_validated_on(digits, tmp_path, monkeypatch):
-    seen, real = [], run_module.evaluate_rank
+    seen, real = [], rank_module.evaluate_rank
 
     def noted(run, task, split, *more):
         seen.append(split)
         return real(run, task, split, *more)
 
-    monkeypatch.setattr(run_module, "evaluate_rank", noted)
+    monkeypatch.setattr(rank_module, "evaluate_rank", noted)
     config = replace(runs.cnn(), selection=Selection(folds=4, fold=1))
     trained(str(tmp_path / "run"), config, digits)
     train = index.load(digits).split("train")

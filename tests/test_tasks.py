@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from pipeline.loading.augment import to_float
 from pipeline.loading.steps import Batch
-from pipeline.training.checkpoint import snapshot
 from pipeline.training.optim import OptimConfig
+from pipeline.training.saver import HostMemory
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, draw_images, make_task, predict
 from pipeline.training.world import World
 
@@ -32,8 +32,8 @@ def batch(n=6, weights=None, seed=0, facts=FACTS):
 def gradients(phase, of):
     torch.manual_seed(7)  # as the loop does before each micro-batch: latents are the same
     phase.module.zero_grad()
-    loss, numbers = phase.loss(of)
-    loss.backward(inputs=list(phase.module.parameters()))
+    each, numbers = phase.loss(of)
+    each.sum().backward(inputs=list(phase.module.parameters()))
     return [p.grad.clone() for p in phase.module.parameters()], {k: v.item() for k, v in numbers.items()}
 
 
@@ -41,7 +41,8 @@ def gradients(phase, of):
 def test_the_classifiers_loss_is_the_sum_of_its_samples_cross_entropies(smoothing):
     task = make_task(ClassifyConfig(label_smoothing=smoothing), FACTS, OptimConfig(), 0, "cpu")
     of = batch()
-    loss, numbers = task.phases[0].loss(of)
+    each, numbers = task.phases[0].loss(of)
+    loss = each.sum()
     images = to_float(of.images, torch.tensor(FACTS.mean), torch.tensor(FACTS.std))
     logits = task.modules["model"](images)
     assert loss.item() == pytest.approx(
@@ -146,7 +147,7 @@ def test_a_state_loaded_goes_on_as_the_task_it_came_from(config):
 
     one, two = (make_task(config, FACTS, OptimConfig(), seed, "cpu") for seed in (0, 1))
     advance(one, 3)
-    two.load(snapshot(one.state()))
+    two.load(HostMemory().copy(one.state()))
     for task in (one, two):
         advance(task, 2)
     for name, module in one.modules.items():

@@ -13,7 +13,8 @@ from jobs.bench.rounds import alternate, dataset
 from jobs.command import absolute, execute, parse, say
 from pipeline.shards import index
 from pipeline.training import checkpoint, fit
-from pipeline.training.run import Resources, start
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
 
 _SKIPPED = 20  # first steps of each measurement: threads, caches and the allocator warm up
 _BARE_START_S = 120

@@ -267,6 +267,6 @@ def read_columns(root: str, file: str, columns: list[str]) -> pa.Table:
         raise ValueError(f"{storage.join(root, file)} is missing or damaged ({error}): build it again") from None
 
 
-def digest(info: dict) -> str:
+def digest(info: dict | list) -> str:
     """SHA-256 of plain JSON, the same for equal content whatever order its keys came in."""
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()

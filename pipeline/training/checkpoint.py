@@ -5,19 +5,19 @@
         state.pt  manifest.json                  manifest last: sizes, SHA-256, validation, metric segments, and
                                                  a digest of itself
     RUN/metrics/000000512000-0002.jsonl          steps since the checkpoint before; immutable, named in the manifest
+    RUN/pinned/000000512000-0002                 why that checkpoint is never deleted
 
 Every start of a run is an attempt, claimed by a create-only write that names the checkpoint it goes on from. Readers
 follow that chain alone, so what an orphaned writer stores after its successor's claim is never read, and a writer that
-finds a newer claim stops. Only the newest attempt deletes, never the checkpoint it resumed from nor the best.
+finds a newer claim stops. Only the newest attempt deletes, never the checkpoint it resumed from, the best or a pinned one.
 """
 
 import hashlib
 import io
 import json
 import re
+import time
 import warnings
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -35,20 +35,26 @@ class Superseded(RuntimeError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed checkpoint says of itself. `files`: {name: {size, sha256}}; `segments`: metric files so far."""
+    """What a committed checkpoint says of itself. `files`: {name: {size, sha256}}; `segments`: metric files so far;
+    `about`: the run's configuration, the generations of its dataset and the version of the code."""
 
     name: str
     samples: int
     files: dict
     validation: dict
     segments: list[str]
+    about: dict = field(default_factory=dict)  # none in those of an older millstream
 
     @property
     def attempt(self) -> int:
         return int(self.name.partition("-")[2])
 
+    def text(self) -> bytes:
+        """As it is stored, with a digest of itself."""
+        return json.dumps(self.__dict__ | {"digest": digest(self.__dict__)}, indent=1).encode()
 
-def _name(samples: int, attempt: int) -> str:
+
+def name_of(samples: int, attempt: int) -> str:
     return f"{samples:012d}-{attempt:04d}"
 
 
@@ -85,7 +91,7 @@ def lineage(run: str) -> list[Manifest]:
         chain += sorted(((s, a) for s, a in committed if a == attempt and (limit is None or s <= limit)), reverse=True)
         came_from = _NAME.fullmatch(claims.get(attempt) or "")
         limit, attempt = (int(came_from[1]), int(came_from[2])) if came_from else (None, None)
-    return [manifest for samples, a in chain if (manifest := _read_manifest(run, _name(samples, a)))]
+    return [manifest for samples, a in chain if (manifest := _read_manifest(run, name_of(samples, a)))]
 
 
 def _read_manifest(run: str, name: str) -> Manifest | None:
@@ -117,13 +123,26 @@ def read_state(run: str, manifest: Manifest) -> dict:
 
 
 def newest(run: str) -> tuple[Manifest, dict] | None:
-    """The newest checkpoint of the lineage that verifies, and its state; a damaged one is skipped with a warning."""
+    """The newest checkpoint of the lineage that verifies, and its state; a damaged one is skipped with a warning.
+
+    A store that does not answer is asked again for a minute, and then raises StorageError: that is no reason to lose work.
+    """
     for manifest in lineage(run):
         try:
-            return manifest, read_state(run, manifest)
+            return manifest, _read_patiently(run, manifest)
         except ValueError as error:
             warnings.warn(f"{error}; going back to the checkpoint before", stacklevel=2)
     return None
+
+
+def _read_patiently(run: str, manifest: Manifest) -> dict:
+    for wait in (1, 4, 15, 40):
+        try:
+            return read_state(run, manifest)
+        except storage.StorageError as error:
+            warnings.warn(f"checkpoint {manifest.name} cannot be read yet, trying on: {error}", stacklevel=3)
+            time.sleep(wait)
+    return read_state(run, manifest)
 
 
 def best(run: str, chain: list[Manifest] | None = None) -> Manifest | None:
@@ -155,100 +174,76 @@ def claim(run: str) -> tuple[int, Manifest | None]:
 def read_metrics(run: str) -> list[dict]:
     """Every logged row of the run's lineage, each step once, in order."""
     chain = lineage(run)
-    return [json.loads(line) for line in _read_segments(run, chain[0].segments if chain else []).splitlines()]
+    return [json.loads(line) for line in read_segments(run, chain[0].segments if chain else []).splitlines()]
 
 
-def _read_segments(run: str, names: list[str]) -> bytes:
+def read_segment(run: str, name: str) -> list[dict]:
+    """The rows of one metric segment. FileNotFoundError if it is lost."""
+    return [json.loads(line) for line in _segment(run, name).splitlines()]
+
+
+def _segment(run: str, name: str) -> bytes:
+    return storage.read(storage.join(run, "metrics", f"{name}.jsonl"))
+
+
+def read_segments(run: str, names: list[str]) -> bytes:
     """Metric segments joined. A lost one is a gap in a curve and a warning: no reason not to go on training."""
     lines = b""
     for name in names:
         try:
-            lines += storage.read(storage.join(run, "metrics", f"{name}.jsonl"))
+            lines += _segment(run, name)
         except FileNotFoundError as error:
             warnings.warn(f"metrics up to checkpoint {name} are lost ({error})", stacklevel=3)
     return lines
 
 
-def snapshot(state):
-    """A copy of a tree of tensors on the host, so that training may go on while it is written."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: snapshot(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(snapshot(value) for value in state)
-    return state
+def pin(run: str, name: str, why: str) -> None:
+    """Keeps a checkpoint whatever comes after it. ValueError if there is none of that name."""
+    known = _NAME.fullmatch(name)
+    if known:
+        storage.write(storage.join(run, "pinned", name), why.encode())  # first: who deletes looks for pins just before
+    if not (known and storage.exists(storage.join(run, "checkpoints", name, "manifest.json"))):
+        if known:
+            unpin(run, name)
+        there = ", ".join(name_of(*at) for at, whole in sorted(_stored(run).items()) if whole)
+        raise ValueError(f"{run} has no checkpoint {name}: it has {there or 'none'}")
 
 
-@dataclass
-class Saver:
-    """Writes the checkpoints of one attempt beside training, one in flight; an error surfaces at the next call.
+def unpin(run: str, name: str) -> None:
+    """Lets a checkpoint go with the others. No error if it was not pinned."""
+    storage.delete(storage.join(run, "pinned", name))
 
-    `keep` newest ones stay, besides the best and the one resumed from. `on_segment(name, rows)` is given the metric
-    rows of each checkpoint just before it is committed.
-    """
 
-    run: str
-    attempt: int
-    resumed_from: Manifest | None
-    keep: int = 2
-    on_segment: Callable[[str, list[dict]], None] | None = None
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    _flying: Future | None = None
+def pinned(run: str) -> set[str]:
+    """Names of the checkpoints that are kept."""
+    try:
+        return {file.path for file in storage.list_files(storage.join(run, "pinned"))}
+    except FileNotFoundError:
+        return set()
 
-    def __post_init__(self):
-        self._segments = list(self.resumed_from.segments) if self.resumed_from else []
-        self._metrics = _read_segments(self.run, self._segments)
 
-    def save(self, state: dict, samples: int, rows: list[dict], validation: dict) -> None:
-        """Copies the state and starts writing; waits for the write before it, and raises what went wrong there."""
-        self.wait()
-        copy = snapshot(state)
-        self._flying = self._pool.submit(self._write, copy, samples, rows, validation)
+def check_newest(run: str, attempt: int) -> None:
+    """Raises Superseded if a later attempt has begun."""
+    if storage.exists(storage.join(run, "attempts", f"{attempt + 1:06d}.json")):
+        raise Superseded(f"{run} was started again elsewhere (attempt {attempt + 1}): this one stops")
 
-    def wait(self) -> None:
-        """Returns when nothing is in flight; raises what a write raised."""
-        flying, self._flying = self._flying, None
-        if flying:
-            flying.result()
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True)
-
-    def _write(self, state: dict, samples: int, rows: list[dict], validation: dict) -> None:
-        self._check_newest()
-        name, buffer = _name(samples, self.attempt), io.BytesIO()
-        torch.save(state, buffer)
-        data = buffer.getvalue()
-        folder = storage.join(self.run, "checkpoints", name)
-        storage.write(storage.join(folder, "state.pt"), data)
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        storage.write(storage.join(self.run, "metrics", f"{name}.jsonl"), lines)
-        self._segments.append(name)
-        files = {"state.pt": {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-        content = Manifest(name, samples, files, validation, list(self._segments)).__dict__
-        if self.on_segment:
-            self.on_segment(name, rows)
-        self._check_newest()
-        manifest = json.dumps(content | {"digest": digest(content)}, indent=1).encode()
-        storage.write(storage.join(folder, "manifest.json"), manifest)
-        self._metrics += lines
-        storage.write(storage.join(self.run, "metrics.jsonl"), self._metrics)
-        self._prune()
-
-    def _check_newest(self) -> None:
-        if storage.exists(storage.join(self.run, "attempts", f"{self.attempt + 1:06d}.json")):
-            raise Superseded(f"{self.run} was started again elsewhere (attempt {self.attempt + 1}): this one stops")
-
-    def _prune(self) -> None:
-        # Listed first, and never what a later attempt wrote: a successor that starts meanwhile loses nothing to us.
-        stored = [at for at in _stored(self.run) if at[1] <= self.attempt]
-        chain = lineage(self.run)
-        kept = {m.name for m in [*chain[: self.keep], best(self.run, chain), self.resumed_from] if m}
-        self._check_newest()
-        for name in (_name(*at) for at in stored):
-            if name not in kept:
-                folder = storage.join(self.run, "checkpoints", name)
-                storage.delete(storage.join(folder, "manifest.json"))  # first: a half-deleted one must not look whole
-                storage.delete_tree(folder)
-        storage.sweep_partial(self.run)  # again: an orphan that was writing when we started may be dead by now
+def prune(run: str, attempt: int, keep: int, new: Manifest, resumed_from: Manifest | None) -> None:
+    """Deletes what the newest attempt no longer needs, now that `new` stands, and is seen to stand."""
+    for name, entry in new.files.items():
+        sizes = [f.size for f in storage.list_files(storage.join(run, "checkpoints", new.name)) if f.path == name]
+        if sizes != [entry["size"]]:
+            raise storage.StorageError(
+                5, f"{name} of checkpoint {new.name} is not there as written, so nothing goes", run
+            )
+    # Listed first, and never what a later attempt wrote: a successor that starts meanwhile loses nothing to us.
+    stored = [at for at in _stored(run) if at[1] <= attempt]
+    chain = lineage(run)
+    kept = {m.name for m in [*chain[:keep], best(run, chain), resumed_from] if m}
+    check_newest(run, attempt)
+    going = {name_of(*at) for at in stored} - kept
+    for name in sorted(going - pinned(run) if going else ()):
+        folder = storage.join(run, "checkpoints", name)
+        storage.delete(storage.join(folder, "manifest.json"))  # first: a half-deleted one must not look whole
+        storage.delete_tree(folder)
+    storage.sweep_partial(run)  # again: an orphan that was writing when we started may be dead by now

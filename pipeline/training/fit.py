@@ -1,16 +1,9 @@
-"""[Ray Train] The same rank function on many workers: TorchTrainer around `run.train_rank` and `run.evaluate_rank`.
+"""A run, attempt after attempt, until it is done: who may train it, what follows a failure, at which size it goes on.
 
-Ray Train starts the processes, joins them into a process group and notices when one dies; it is given no checkpoints
-(ours are the one truth) and a new run name for each attempt, since the same name and path would silently resume its
-own state. `workers` 0 runs in this process, without Ray. Ray must be initialised by the caller.
+`workers` 0 runs in this process, without Ray. Otherwise Ray must be initialised by the caller.
 """
 
-import contextlib
-import os
-import tempfile
 import threading
-import time
-import uuid
 from collections.abc import Callable
 
 import torch
@@ -18,25 +11,36 @@ import torch
 from pipeline import lease, storage
 from pipeline.loading.cache import open_cache
 from pipeline.shards import index
-from pipeline.training import checkpoint
-from pipeline.training.run import Resources, Run, evaluate_rank, restored, train_rank, use_threads
+from pipeline.training import attempt, checkpoint, room
+from pipeline.training.attempt import Report
+from pipeline.training.ledger import Launch
+from pipeline.training.rank import evaluate_rank, restored, train_rank, use_threads
+from pipeline.training.resources import Resources, sizes
+from pipeline.training.run import Run
 from pipeline.training.tasks import Predictions
-from pipeline.training.world import World
+from pipeline.training.world import Contact, World
 
-Report = Callable[[dict], None]
-_NO_METRICS = {"step", "samples", "time", "lr", "samples_digest", "set_aside"}  # of a row
-_GROUP_TIMEOUT_S = 120  # of collectives; torch's default of 30 minutes hides a dead node for as long
-_FATAL = (ValueError, FloatingPointError, checkpoint.Superseded, FileNotFoundError, PermissionError)
+# Of a row.
+_NO_METRICS = {"step", "samples", "time", "lr", "samples_digest", "set_aside", "skipped", "data_wait", "workers"}
+_NO_METRICS |= {"stopped"}
 
 
-def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str], None] | None = None) -> dict:
+def train(
+    run: Run,
+    resources: Resources,
+    report: Report,
+    waiting: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> dict:
     """Trains a run to its end, restarting from its newest checkpoint when workers die; `report` sees its rows,
-    `waiting` a line for people while a dead trainer's lease on S3 runs out.
+    `waiting` a line for people while a dead trainer's lease on S3 runs out. `stop`, once set, ends it early: with a
+    checkpoint of the step in flight.
 
-    Returns {run, samples_seen, epochs, checkpoint, metrics}. Raises `lease.Held` if the run is being trained already.
+    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics}. Raises `lease.Held` if the run is being
+    trained already.
     """
     with lease.claim(storage.join(run.path, ".lease"), "millstream train", waiting=waiting):
-        row = {} if finished(run) else launch(_train_body, (run, resources), resources, report)
+        row = {} if finished(run) else launch(_train_body, (run, resources), run, resources, report, stop)
     chain = checkpoint.lineage(run.path)
     kept = checkpoint.best(run.path, chain)
     rows = checkpoint.read_metrics(run.path)
@@ -45,6 +49,7 @@ def train(run: Run, resources: Resources, report: Report, waiting: Callable[[str
     return {
         "run": run.path,
         "done": not row,  # nothing was left to do
+        "stopped": "stopped" in row,
         "samples_seen": chain[0].samples,
         "epochs": rows[-1]["epoch"],
         "checkpoint": storage.join(run.path, "checkpoints", kept.name),
@@ -60,137 +65,60 @@ def finished(run: Run) -> bool:
 
 def evaluate(run: Run, data: str, split: str, resources: Resources) -> tuple[Predictions, str]:
     """Predictions of the run's best checkpoint for every sample of a split, and that checkpoint's name."""
-    return launch(_evaluate_body, (run, data, split, resources), resources, lambda row: None)
+    return launch(_evaluate_body, (run, data, split, resources), run, resources, lambda row: None)
 
 
-def _train_body(run: Run, resources: Resources, world: World, threads: int, report: Report) -> dict:
-    return train_rank(run, world, resources, threads, report)
+def _train_body(run: Run, resources: Resources, world: World, threads: int, contact: Contact) -> dict:
+    return train_rank(run, world, resources, threads, contact)
 
 
-def _evaluate_body(run: Run, data: str, split: str, resources: Resources, world: World, threads: int, report: Report):
+def _evaluate_body(run: Run, data: str, split: str, resources: Resources, world: World, threads: int, contact: Contact):
     task, manifest = restored(run, world.device)
     cache = open_cache(data, resources.cache, resources.cache_gb)
-    return evaluate_rank(run, task, index.load(data).split(split), world, threads, cache), manifest.name
+    rows = index.load(data).split(split)
+    return evaluate_rank(run, task, rows, world, threads, cache), manifest.name
 
 
-def launch(body: Callable, args: tuple, resources: Resources, report: Report):
-    """body(*args, world, threads, report) on `resources.workers` ranks; returns rank 0's result.
+def launch(
+    body: Callable, args: tuple, run: Run, resources: Resources, report: Report, stop: threading.Event | None = None
+):
+    """body(*args, world, threads, contact) on the ranks of `resources`; returns rank 0's result.
 
-    A failed attempt is repeated up to max_failures times, but not when the failure would repeat itself.
+    An attempt that was asked to stop because nodes go or come is followed by the next, at another size if the
+    resources allow; one that failed too, but not when that would happen again, nor when `max_failures` of them in a
+    row brought no new checkpoint.
     """
-    if resources.workers == 0:
+    stop, launched = stop or threading.Event(), Launch()
+    if resources.most == 0:
         cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
         world = World(device=torch.device("cuda" if cuda else "cpu"))
-        return body(*args, world, use_threads(resources.threads), report)
-    for attempt in range(resources.max_failures + 1):
+        return body(*args, world, use_threads(resources.threads), Contact(report, stop.is_set, launched))
+    allowed = sizes(resources.workers, run.config.loop.micro_batches)
+    failures, restarts, reached, size = 0, 0, _reached(run), 0
+    while True:
+        launched, before, size = launched.again(), size, room.choose(allowed, room.cuda(resources, allowed[0]))
+        if before and before != size:
+            report({"resize": size, "why": why})
+        larger = next((n for n in allowed if n > size), size)
         try:
-            return _attempt(body, args, resources, report)
-        except _FATAL:
+            ended = attempt.run(body, args, size, larger, resources, launched, report, stop)
+        except attempt.FATAL:
             raise
         except RuntimeError as error:
-            if attempt == resources.max_failures:
-                raise
-            why = str(error).strip().splitlines()[-1].partition(". ")[0]  # Ray goes on about possible causes
-            report({"restart": attempt + 1, "why": why})
-    raise AssertionError("unreachable")
+            now, why = _reached(run), str(error)
+            if not isinstance(error, attempt.Preempted):
+                failures = failures + 1 if now == reached else 1
+                if failures > resources.max_failures or stop.is_set():
+                    raise
+            reached, restarts = now, restarts + 1
+            report({"restart": restarts, "why": why})
+            continue
+        if not ended.why or not isinstance(ended.result, dict) or "stopped" not in ended.result or stop.is_set():
+            return ended.result
+        why = ended.why
+        report({"saved": ended.result["samples"], "why": why})
 
 
-def _attempt(body: Callable, args: tuple, resources: Resources, report: Report):
-    import ray
-    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    gpus = ray.cluster_resources().get("GPU", 0)
-    cuda = resources.device == "cuda" or (resources.device == "auto" and gpus >= resources.workers)
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
-    with contextlib.ExitStack() as stack:
-        # Ray Train insists on a place for its own bookkeeping; nothing of ours is in it.
-        where = os.environ.get("MILLSTREAM_SCRATCH")  # set by a session of our own, which removes it after a SIGKILL
-        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="millstream-train-", dir=where))
-        trainer = TorchTrainer(
-            _on_worker,
-            train_loop_config={"body": body, "args": args, "threads": resources.threads, "mailbox": mailbox},
-            torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=_GROUP_TIMEOUT_S),
-            scaling_config=ScalingConfig(num_workers=resources.workers, use_gpu=cuda),
-            run_config=RunConfig(name=f"attempt-{uuid.uuid4().hex}", storage_path=scratch),
-        )
-        outcome: dict = {}
-        # Not in the main thread: there Ray Train would replace our Ctrl-C by one that exits 0.
-        thread = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.5)
-            _deliver(mailbox, report)
-        _deliver(mailbox, report)
-    error = outcome.get("error")
-    if isinstance(error, TrainingFailedError):
-        raise _cause(error) from None
-    if error:
-        raise error
-    return outcome["result"]
-
-
-def _fit(trainer, outcome: dict) -> None:
-    try:
-        outcome["result"] = trainer.fit().return_value
-    except BaseException as error:  # handed to the thread that waits, which raises it
-        outcome["error"] = error
-
-
-def _on_worker(config: dict):
-    import ray
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    context = get_context()
-    world = World(context.get_world_rank(), context.get_world_size(), get_device())
-    mailbox, last, sent = config["mailbox"], 0.0, []
-
-    def report(row: dict) -> None:
-        nonlocal last, sent
-        if world.rank or not ("val_loss" in row or time.monotonic() - last > 0.5):
-            return
-        last = time.monotonic()
-        _, sent = ray.wait(sent, num_returns=len(sent), timeout=0) if sent else ([], [])
-        if len(sent) < 10:  # training does not wait for its spectators
-            sent = [*sent, mailbox.put.remote(row)]
-
-    result = config["body"](
-        *config["args"], world, use_threads(config["threads"], context.get_local_world_size()), report
-    )
-    if sent:
-        ray.wait(sent, num_returns=len(sent), timeout=30)
-    return result
-
-
-class _Mailbox:
-    """An actor that holds rank 0's rows until the driver fetches them."""
-
-    def __init__(self):
-        self.rows: list[dict] = []
-
-    def put(self, row: dict) -> None:
-        self.rows.append(row)
-
-    def take(self) -> list[dict]:
-        rows, self.rows = self.rows, []
-        return rows
-
-
-def _deliver(mailbox, report: Report) -> None:
-    import ray
-
-    with contextlib.suppress(ray.exceptions.RayError):  # progress is not worth failing for
-        for row in ray.get(mailbox.take.remote(), timeout=10):
-            report(row)
-
-
-def _cause(error) -> Exception:
-    """The exception a worker raised, as itself; else one line of what Ray says."""
-    failures = getattr(error, "worker_failures", {})
-    for _, failure in sorted(failures.items()):
-        inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure
-        if isinstance(inner, _FATAL):
-            return inner
-    first = next(iter(failures.values()), error)
-    return RuntimeError(f"a worker failed: {first}")
+def _reached(run: Run) -> int:
+    """Samples of the newest checkpoint."""
+    return next((manifest.samples for manifest in checkpoint.lineage(run.path)), 0)

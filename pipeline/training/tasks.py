@@ -1,9 +1,9 @@
 """What a step means. A task holds modules and a list of phases; the loop runs the same lines for each phase.
 
-    Phase(name, module, optimizer, loss)   loss(batch) -> (sum over the batch's samples, {number: sum over samples})
+    Phase(name, module, optimizer, loss)   loss(batch) -> (loss of each sample (n,), {number: sum over samples})
 
-A classifier has one phase, a GAN two (D, then G, on the same real images). Losses are sums, weighted by the batch's
-weights: the loop divides by the global batch, so neither micro-batches nor ranks show in the result.
+A classifier has one phase, a GAN two (D, then G, on the same real images). Losses are weighted by the batch's weights:
+the loop adds them up and divides by the global batch, so neither micro-batches nor ranks show in the result.
 """
 
 import copy
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pipeline import draw
 from pipeline.loading.augment import to_float
+from pipeline.loading.mixup import mixed
 from pipeline.loading.steps import Batch
 from pipeline.models import CLASSIFIERS, GANS
 from pipeline.training.optim import OptimConfig, average_into, make_optimizer
@@ -46,14 +47,19 @@ class ClassifyConfig:
     """Padding of the cnn's convolutions: 0 as in the tutorial, or 1."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes."""
+    mixup: float = 0.0
+    """Alpha of mixup: images and targets of a batch are blended by Beta(alpha, alpha); 0: not at all."""
+    cutmix: float = 0.0
+    """Alpha of CutMix: a box of another image is pasted in; with mixup, each batch gets one of the two."""
     ema_half_life: float = 0.0
     """Half-life in samples of an average of the weights, used for validation and evaluation; 0: none."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing {self.label_smoothing} must be in [0, 1)")
-        if not self.ema_half_life >= 0:
-            raise ValueError(f"ema_half_life {self.ema_half_life} cannot be negative")
+        for name in ("mixup", "cutmix", "ema_half_life"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} {getattr(self, name)} cannot be negative, or without end")
 
 
 @dataclass(frozen=True)
@@ -161,14 +167,18 @@ def _classify(config: ClassifyConfig, facts: Facts, optim: OptimConfig, device) 
         classes=len(facts.classes),
         padding=config.padding,
     ).to(device)
+    mixing = config.mixup > 0 or config.cutmix > 0
 
     def loss(batch: Batch):
         images, labels, weights = _to_device(batch, facts, device)
+        targets = labels
+        if mixing:
+            images, targets = mixed(images, labels, len(facts.classes), config.mixup, config.cutmix)
         logits = model(images)
-        each = F.cross_entropy(logits, labels, reduction="none", label_smoothing=config.label_smoothing)
-        total = (each * weights).sum()
-        correct = ((logits.detach().argmax(1) == labels) * weights).sum()
-        return total, {"loss": total.detach(), "accuracy": correct}
+        each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=config.label_smoothing) * weights
+        guess = logits.detach().argmax(1)
+        right = targets.gather(1, guess[:, None])[:, 0] if mixing else guess == labels  # of what is mixed, its share
+        return each, {"loss": each.detach().sum(), "accuracy": (right * weights).sum()}
 
     task = Task({"model": model}, [Phase("model", model, make_optimizer(model, optim), loss)])
     if config.ema_half_life:
@@ -212,21 +222,21 @@ def _gan(config: GanConfig, facts: Facts, optim: OptimConfig, device) -> Task:
         real.requires_grad_(config.r1 > 0)
         scores = d(torch.cat([real, fake]), labels.repeat(2))
         on_real, on_fake = scores.chunk(2)
-        total = ((F.softplus(-on_real) + F.softplus(on_fake)) * weights).sum()
+        each = (F.softplus(-on_real) + F.softplus(on_fake)) * weights
         numbers = {
-            "d_loss": total.detach(),
+            "d_loss": each.detach().sum(),
             "d_real": (on_real.detach().sigmoid() * weights).sum(),
             "d_fake": (on_fake.detach().sigmoid() * weights).sum(),
         }
         if config.r1:
             (slope,) = torch.autograd.grad((on_real * weights).sum(), real, create_graph=True)
-            total = total + config.r1 / 2 * slope.square().sum()
-        return total, numbers
+            each = each + config.r1 / 2 * slope.square().flatten(1).sum(1)
+        return each, numbers
 
     def g_loss(batch: Batch):
         labels, weights = batch.labels.to(device), batch.weights.to(device)
-        total = (F.softplus(-d(fake_of(labels), labels)) * weights).sum()
-        return total, {"g_loss": total.detach()}
+        each = F.softplus(-d(fake_of(labels), labels)) * weights
+        return each, {"g_loss": each.detach().sum()}
 
     phases = [
         Phase("discriminator", d, make_optimizer(d, optim), d_loss),
