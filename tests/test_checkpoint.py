@@ -362,9 +362,10 @@ def test_nothing_goes_for_a_checkpoint_that_is_not_there_as_written(run, monkeyp
     def cut(path, data):
         write(path, bytes(data)[:-1] if path.endswith("state.pt") else data)
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match=f"state.pt of checkpoint {name(40, 2)}"):
+    with monkeypatch.context() as patch:
         patch.setattr(storage, "write", cut)
-        start.save(40)
+        with pytest.warns(UserWarning, match=f"state.pt of checkpoint {name(40, 2)}"):
+            start.save(40)
     assert there(run) == {name(10, 1), name(20, 1), name(30, 1), name(40, 2)}
     with pytest.warns(UserWarning, match="going back"):
         assert newest_samples(run) == 30
@@ -463,11 +464,8 @@ def test_patience_ends(tmp_path, monkeypatch):
     attempt, found = checkpoint.claim(str(tmp_path))
     saver = Saver(str(tmp_path), attempt, found, patience=0.2)
     failing(monkeypatch, 10**9, storage.StorageError(11, "no answer", "s3://there"))
-    with (
-        pytest.warns(UserWarning, match="cannot be stored yet"),
-        pytest.raises(storage.StorageError, match="no answer"),
-    ):
-        saver.save(state_of(10), 10, [], {})
+    saver.save(state_of(10), 10, [], {})
+    with pytest.raises(storage.StorageError, match="no answer"):
         saver.wait()
     saver.close()
 
@@ -476,11 +474,10 @@ def test_a_writer_that_waits_for_its_store_gives_up_when_training_ends(tmp_path,
     attempt, found = checkpoint.claim(str(tmp_path))
     saver = Saver(str(tmp_path), attempt, found)
     failures = failing(monkeypatch, 10**9, storage.StorageError(11, "no answer", "s3://there"))
-    with pytest.warns(UserWarning, match="cannot be stored yet"):
-        saver.save(state_of(10), 10, [], {})
-        wait_for(lambda: len(failures) >= 2, 20, "second attempt")
-        before = time.monotonic()
-        saver.close()
+    saver.save(state_of(10), 10, [], {})
+    wait_for(lambda: len(failures) >= 2, 20, "second attempt")
+    before = time.monotonic()
+    saver.close()
     assert time.monotonic() - before < 5
     assert saver.newest() is None
 
@@ -563,7 +560,7 @@ def test_who_is_told_of_a_segment_finds_its_checkpoint_and_cannot_spoil_it(place
     run = storage.join(place, "run")
 
     def told(segment, rows):
-        assert [m.name for m in checkpoint.lineage(run)][0] == segment
+        assert checkpoint.lineage(run)[0].name == segment
         raise RuntimeError("the tracker is down")
 
     start = Started(run, on_commit=told)

@@ -13,7 +13,7 @@ def test_a_span_is_the_fewest_and_the_most(workers, expected):
 
 @pytest.mark.parametrize("workers", ["8..2", "0..4", "two", "2..", "-1", -1, "2...4", "1,2"])
 def test_what_is_no_number_of_workers_is_named(workers):
-    with pytest.raises(ValueError, match="workers .*2..8"):
+    with pytest.raises(ValueError, match=r"workers .*2\.\.8"):
         Resources(workers=workers)
 
 
@@ -33,7 +33,8 @@ def test_workers_that_cannot_share_the_micro_batches_are_refused(workers, micro_
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("threads", -1), ("max_failures", -1), ("hang_seconds", 0), ("resize_seconds", -1.0), ("cache_gb", 0), ("device", "tpu")],
+    [("threads", -1), ("max_failures", -1), ("hang_seconds", 0), ("resize_seconds", -1.0), ("cache_gb", 0),
+     ("device", "tpu")],
 )  # fmt: skip
 def test_a_value_that_cannot_work_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field} '?{value}"):

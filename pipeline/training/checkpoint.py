@@ -9,9 +9,10 @@
 
 Every start of a run is an attempt, claimed by a create-only write that names the checkpoint it goes on from. Readers
 follow that chain alone, so what an orphaned writer stores after its successor's claim is never read, and a writer that
-finds a newer claim stops. Only the newest attempt deletes, never the checkpoint it resumed from, the best or a pinned one.
+finds a newer claim stops. Only the newest attempt deletes: never what it resumed from, the best, nor what is pinned.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -125,7 +126,7 @@ def read_state(run: str, manifest: Manifest) -> dict:
 def newest(run: str) -> tuple[Manifest, dict] | None:
     """The newest checkpoint of the lineage that verifies, and its state; a damaged one is skipped with a warning.
 
-    A store that does not answer is asked again for a minute, and then raises StorageError: that is no reason to lose work.
+    A store that does not answer is asked again for a minute, then StorageError is raised: no reason to lose work.
     """
     for manifest in lineage(run):
         try:

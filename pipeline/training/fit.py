@@ -94,7 +94,7 @@ def launch(
         world = World(device=torch.device("cuda" if cuda else "cpu"))
         return body(*args, world, use_threads(resources.threads), Contact(report, stop.is_set, launched))
     allowed = sizes(resources.workers, run.config.loop.micro_batches)
-    failures, restarts, reached, size = 0, 0, _reached(run), 0
+    failures, restarts, reached, size, why = 0, 0, _reached(run), 0, ""
     while True:
         launched, before, size = launched.again(), size, room.choose(allowed, room.cuda(resources, allowed[0]))
         if before and before != size:

@@ -1,6 +1,6 @@
 """Where the time of a run goes: seconds by kind of each attempt, and what of them was worth it.
 
-    RUN/ledger/000002.json      of one attempt, by its rank 0, every ten seconds: what a SIGKILL leaves is known to these
+    RUN/ledger/000002.json      of one attempt, by its rank 0, every ten seconds: so well is known what a SIGKILL ends
 
 The terms are those of goodput reports (Google's ML Goodput, 2024): productive time over all time, the rest by cause.
 """
@@ -25,7 +25,7 @@ _EVERY_S = 10.0
 class Clock:
     """Where one rank's seconds go, and how far it has come. `lap(kind)` gives the time since the last lap to `kind`.
 
-    seconds: {kind: s} so far; step: the one under way; laps: of that step; moves: signs of life; last: kind of the last.
+    seconds: {kind: s} so far; step: the one under way; laps: of that step; moves: signs of life; last: the last kind.
     """
 
     def __init__(self):

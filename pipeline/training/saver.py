@@ -27,7 +27,7 @@ _HOPELESS = (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryE
 
 
 class HostMemory:
-    """Copies trees of tensors into host memory that is used again by the next copy; page-locked where a GPU fills it."""
+    """Copies trees of tensors into host memory that the next copy uses again; page-locked where a GPU fills it."""
 
     def __init__(self):
         self._kept: list[torch.Tensor] = []
@@ -59,8 +59,8 @@ class HostMemory:
 
 class Saver:
     """The writer of `attempt`, which goes on from `resumed_from`. `keep` newest checkpoints stay, besides the best, the
-    pinned and the one resumed from. `on_commit(name, rows)` is given each metric segment once its checkpoint stands; what
-    it raises is a warning. `about`: what each manifest says of where it comes from.
+    pinned and the one resumed from. `on_commit(name, rows)` is given each metric segment once its checkpoint stands, and
+    what it raises is a warning. `about`: what each manifest says of where it comes from.
     """
 
     def __init__(
