@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline import lease, storage
 
 console = Console(stderr=True, highlight=False)
+_QUIET_S = 60.0  # between two lines where nobody watches
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -139,11 +140,11 @@ def progress(unit: str) -> Progress:
 
 
 class TrainingProgress:
-    """Shows a run's rows: a live bar in a terminal, and a line for each validation everywhere."""
+    """Shows a run's rows: a live bar in a terminal; elsewhere a line for each validation, and one a minute between."""
 
     def __init__(self, total: int):
         self.total, self.bar = total, progress("samples")
-        self.started, self.first = time.monotonic(), None
+        self.first, self.said = None, time.monotonic()
 
     def __enter__(self):
         self.bar.start()
@@ -154,18 +155,32 @@ class TrainingProgress:
         self.bar.stop()
 
     def __call__(self, row: dict) -> None:
-        if "restart" in row:
-            say(f"workers failed ({row['why']}): restart {row['restart']} from the newest checkpoint")
+        if "epoch" not in row:
+            say(_event(row))
+            self.first = None  # the rate of what comes next is its own
             return
         if self.first is None:
             self.first = (row["samples"], time.monotonic())
         seconds = time.monotonic() - self.first[1]
         rate = (row["samples"] - self.first[0]) / seconds if seconds > 0.5 else 0
-        losses = " ".join(f"{k} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
-        note = f"{losses} | {rate:,.0f}/s" if rate else losses
+        note = " ".join(f"{k} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
+        note += f" | {rate:,.0f}/s" if rate else ""
+        note += f" | data wait {row['data_wait']:.0%}" if "data_wait" in row else ""
+        note += f" | {row['workers']} workers" if row.get("workers", 1) > 1 else ""
         self.bar.update(self.id, completed=row["samples"], description=f"epoch {row['epoch']:.1f}", note=note)
-        if "val_loss" in row or row["samples"] >= self.total:
+        quiet = console.is_terminal or time.monotonic() - self.said < _QUIET_S
+        if "val_loss" in row or row["samples"] >= self.total or not quiet:
+            self.said = time.monotonic()
             say(f"epoch {row['epoch']:5.2f}  {row['samples']:>10,} samples  {note}")
+
+
+def _event(row: dict) -> str:
+    """What happened between attempts, as a line."""
+    if "restart" in row:
+        return f"workers failed ({row['why']}): restart {row['restart']} from the newest checkpoint"
+    if "resize" in row:
+        return f"going on with {row['resize']} workers ({row['why']})"
+    return f"saved at {row['saved']:,} samples: {row['why']}" if "saved" in row else row["note"]
 
 
 def fit_with_progress(opened, resources, stop: Stop | None = None) -> dict:

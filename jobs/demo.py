@@ -68,9 +68,10 @@ def run(args: Args) -> dict:
             answers, _ = fit.evaluate(classifier, data, "test", Resources(workers=0))
         sections = report_page.classifier(classifier, data, "test", scores, answers)
         images, checkpoint = draw_classes(generator, 80)
-        sections[5:5] = [
+        sections[6:6] = [
             ("GAN samples", report.image_grid(images, f"averaged generator, {checkpoint}, a class a row", columns=8)),
             ("GAN training", report_page.curves(read_metrics(gan))),
+            *report_page.goodput(generator, "GAN goodput"),
         ]
         html = report.page("Millstream demo", "scikit-learn's digits, from files to models", sections)
         storage.write(page, html.encode())

@@ -10,7 +10,7 @@ from pipeline.evaluation import classification, report
 from pipeline.loading.augment import Augment
 from pipeline.loading.steps import Reader
 from pipeline.shards import index
-from pipeline.training import checkpoint, fit
+from pipeline.training import checkpoint, fit, ledger
 from pipeline.training.resources import Resources
 from pipeline.training.run import Run
 from pipeline.training.tasks import Predictions
@@ -59,6 +59,7 @@ def classifier(opened: Run, data: str, split: str, scores: dict, answers: Predic
     return [
         ("", report.headline(head)),
         ("Training", curves(rows)),
+        *goodput(opened),
         ("Confusion", report.confusion_matrix(scores["confusion"], classes)),
         ("Classes", report.per_class(scores["per_class"])),
         (
@@ -70,6 +71,12 @@ def classifier(opened: Run, data: str, split: str, scores: dict, answers: Predic
         ("Run", report.facts(configuration(opened))),
         ("Dataset", report.facts(dataset_facts(index.load(data)))),
     ]
+
+
+def goodput(opened: Run, heading: str = "Goodput") -> Sections:
+    """Where the run's time went; nothing for runs of a millstream that kept no ledger."""
+    summary = ledger.summary(opened.path)
+    return [(heading, report.goodput(summary))] if summary else []
 
 
 def curves(rows: list[dict]) -> str:

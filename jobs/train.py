@@ -50,12 +50,16 @@ def run(args: Args, preset: str) -> dict:
     with contextlib.nullcontext() if here else ray_session(args.resources.most, args.address), asked_to_stop() as stop:
         result = fit_with_progress(opened, args.resources, stop)
     if result["stopped"]:
-        say(
-            f"stopped at {result['samples_seen']:,} samples, which are saved: the same command again goes on from there"
-        )
+        say(f"stopped at {result['samples_seen']:,} samples, all saved: the same command again goes on from there")
         return result | {"exit_code": stop.exit_code}
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != "epoch")
     say(f"{'trained already: ' if result['done'] else ''}{result['samples_seen']:,} samples seen, {numbers}")
+    if times := result["ledger"]:
+        lost = {
+            kind: s for kind, s in times["seconds"].items() if kind not in ("compute", "communication") and s >= 0.1
+        }
+        said = ", ".join(f"{kind} {s:.1f} s" for kind, s in sorted(lost.items(), key=lambda item: -item[1]))
+        say(f"goodput {times['goodput']:.0%} of {times['wall']:.0f} s ({said or 'nothing else to speak of'})")
     say(f"checkpoint: {result['checkpoint']}")
     return result
 

@@ -15,6 +15,7 @@ __all__ = [
     "confusion_matrix",
     "curves",
     "facts",
+    "goodput",
     "grid",
     "headline",
     "image_grid",
@@ -84,6 +85,26 @@ def _confused_pairs(counts: np.ndarray, share: np.ndarray, classes: list[str]) -
     if not rows:
         return '<p class="note">No sample was confused.</p>'
     return table(["true", "predicted", "samples", "of the true class"], rows)
+
+
+def goodput(summary: dict) -> str:
+    """What `training.ledger.summary` says of a run -> tiles, and a table of where its seconds went."""
+    tiles = [
+        ("goodput", f"{summary['goodput']:.1%}"),
+        ("images/s, over all", f"{summary['images_per_second']:,.0f}"),
+        ("images/s, training", f"{summary['rate']:,.0f}"),
+        ("starts", summary["attempts"]),
+        ("samples drawn again", summary["wasted_samples"]),
+    ]
+    if "gpu_memory_bytes" in summary:
+        tiles.append(("GPU memory", f"{summary['gpu_memory_bytes'] / 1e9:.1f} GB"))
+    rows = [
+        f'<tr><td class="name">{escaped(kind)}</td><td>{seconds:,.1f}</td>'
+        f'<td class="meter"><i style="width:{100 * seconds / summary["wall"]:.0f}%"></i></td>'
+        f"<td>{seconds / summary['wall']:.1%}</td></tr>"
+        for kind, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1])
+    ]
+    return headline(tiles) + "<h3>Where the time went</h3>" + table(["", "seconds", "", "of all"], rows)
 
 
 def per_class(scores: list[dict]) -> str:

@@ -139,9 +139,8 @@ class _Lookout:
             self.first_step = time.monotonic()
         if not ranks and self.lonely and time.monotonic() - self.began > _LONELY_S:
             self.lonely = False
-            self.report(
-                {"note": f"waiting for {self.size} workers to start: there is room for {room.now(self.cuda)} more"}
-            )
+            free = room.now(self.cuda)
+            self.report({"note": f"waiting for {self.size} workers to start: there is room for {free} more"})
         if not self.why and (why := self._reason_to_stop(ranks, draining)):
             self.why = why
             self.mailbox.tell.remote("save")

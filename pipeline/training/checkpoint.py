@@ -234,9 +234,8 @@ def prune(run: str, attempt: int, keep: int, new: Manifest, resumed_from: Manife
     for name, entry in new.files.items():
         sizes = [f.size for f in storage.list_files(storage.join(run, "checkpoints", new.name)) if f.path == name]
         if sizes != [entry["size"]]:
-            raise storage.StorageError(
-                5, f"{name} of checkpoint {new.name} is not there as written, so nothing goes", run
-            )
+            what = f"{name} of checkpoint {new.name} is not there as written, so no older one is deleted"
+            raise storage.StorageError(errno.EIO, what, run)
     # Listed first, and never what a later attempt wrote: a successor that starts meanwhile loses nothing to us.
     stored = [at for at in _stored(run) if at[1] <= attempt]
     chain = lineage(run)

@@ -11,7 +11,7 @@ import torch
 from pipeline import lease, storage
 from pipeline.loading.cache import open_cache
 from pipeline.shards import index
-from pipeline.training import attempt, checkpoint, room
+from pipeline.training import attempt, checkpoint, ledger, room
 from pipeline.training.attempt import Report
 from pipeline.training.ledger import Launch
 from pipeline.training.rank import evaluate_rank, restored, train_rank, use_threads
@@ -36,7 +36,7 @@ def train(
     `waiting` a line for people while a dead trainer's lease on S3 runs out. `stop`, once set, ends it early: with a
     checkpoint of the step in flight.
 
-    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics}. Raises `lease.Held` if the run is being
+    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics, ledger}. Raises `lease.Held` if the run is being
     trained already.
     """
     with lease.claim(storage.join(run.path, ".lease"), "millstream train", waiting=waiting):
@@ -54,6 +54,7 @@ def train(
         "epochs": rows[-1]["epoch"],
         "checkpoint": storage.join(run.path, "checkpoints", kept.name),
         "metrics": (metrics or last) | best,
+        "ledger": ledger.summary(run.path),
     }
 
 

@@ -55,8 +55,8 @@ def train(
     """Trains `task` on `steps`, which begin where the run stands, up to the run's last; returns the last row logged.
 
     `epoch`: samples in one. `validate()` runs on every rank and gives numbers, or {}. `saver`: rank 0's, None on
-    others. `contact.report` sees every row; once `contact.asked()` on some rank, all take a checkpoint after the step in
-    flight, and the row returned has `stopped`. `skipped`: steps passed over before.
+    others. `contact.report` sees every row; once `contact.asked()` on some rank, all take a checkpoint after the step
+    in flight, and the row returned has `stopped`. `skipped`: steps passed over before.
 
     Raises NotFinite, on every rank alike.
     """

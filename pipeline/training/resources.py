@@ -64,7 +64,7 @@ def sizes(workers: int | str, micro_batches: int) -> list[int]:
     found = [size for size in range(least, most + 1) if micro_batches % size == 0]
     if not found:
         raise ValueError(
-            f"{workers} workers cannot share {micro_batches} micro-batches a step evenly: ask for a number that divides "
-            f"them, or for more --micro-batches in a new run"
+            f"{workers} workers cannot share {micro_batches} micro-batches a step evenly: ask for a number that "
+            f"divides them, or for more --micro-batches in a new run"
         )
     return found

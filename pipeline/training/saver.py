@@ -59,8 +59,8 @@ class HostMemory:
 
 class Saver:
     """The writer of `attempt`, which goes on from `resumed_from`. `keep` newest checkpoints stay, besides the best, the
-    pinned and the one resumed from. `on_commit(name, rows)` is given each metric segment once its checkpoint stands, and
-    what it raises is a warning. `about`: what each manifest says of where it comes from.
+    pinned and the one resumed from. `on_commit(name, rows)` is given each metric segment once its checkpoint stands,
+    and what it raises is a warning. `about`: what each manifest says of where it comes from.
     """
 
     def __init__(
