@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from s3_server import wait_for
 
 from jobs.__main__ import VERBS, main
+from pipeline.training import checkpoint
 
 SHORT = ["--epochs", "0.2", "--workers", "0"]
 
@@ -252,18 +254,19 @@ def test_a_second_training_of_a_run_is_told_who_holds_it(tmp_path, digits, cli):
         first.communicate(timeout=20)
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, digits, cli):
-    words = ["train", "digits_cnn", "--data", digits, "--out", tmp_path, "--epochs", "4", "--workers", "0"]
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_a_training_loses_nothing_and_the_same_command_goes_on(tmp_path, digits, cli, number, expected):
+    words = ["train", "digits_cnn", "--data", digits, "--out", tmp_path, "--epochs", "5", "--workers", "0"]
     first = millstream(*words)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/manifest.json")), 60, "a checkpoint")
-    os.kill(first.pid, signal.SIGINT)
+    os.kill(first.pid, number)
     _, err = first.communicate(timeout=30)
-    if first.returncode != 0:  # it may have been done by then
-        assert first.returncode == 130
-        assert "same command" in err
-        assert "Traceback" not in err
+    assert first.returncode == expected
+    saved = int(re.search(r"stopped at ([\d,]+) samples, all saved: the same command", err)[1].replace(",", ""))
+    assert saved == checkpoint.newest(str(tmp_path))[0].samples == checkpoint.read_metrics(str(tmp_path))[-1]["samples"]
+    assert "Traceback" not in err
     code, out, _ = cli(*words, "--json")
     assert code == 0
-    assert json.loads(out)["epochs"] >= 4
+    assert json.loads(out)["epochs"] >= 5
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))

@@ -11,11 +11,13 @@ import time
 import numpy as np
 import pytest
 import runs
+import torch
 from s3_server import wait_for
 
+from jobs import audit
 from pipeline import lease
 from pipeline.shards import index
-from pipeline.training import checkpoint, fit
+from pipeline.training import checkpoint, fit, room
 from pipeline.training.rank import evaluate_rank, restored, train_rank
 from pipeline.training.resources import Resources
 from pipeline.training.run import start
@@ -157,6 +159,74 @@ def test_what_a_worker_cannot_do_surfaces_as_itself_and_is_not_tried_again(ray_l
     assert not [row for row in rows if "restart" in row]
     assert os.listdir(tmp_path / "run/attempts") == ["000001.json"]
     assert time.monotonic() - before < 60
+
+
+def test_workers_asked_to_stop_save_the_step_in_flight_and_the_run_goes_on_alike(ray_local, digits, whole, tmp_path):
+    run, stop, seen = start(str(tmp_path / "run"), "test", runs.gan(), digits, 2), threading.Event(), []
+
+    def report(row):
+        if "step" in row:
+            seen.append(row)
+            stop.set()
+
+    result = fit.train(run, Resources(workers=2, threads=1), report, stop=stop)
+    assert result["stopped"]
+    assert 0 < result["samples_seen"] < 26 * 64
+    assert checkpoint.newest(run.path)[0].samples == result["samples_seen"]
+    assert checkpoint.read_metrics(run.path)[-1]["samples"] == result["samples_seen"]
+    assert {"data_wait", "workers"} <= seen[0].keys()
+    found = fit.train(run, HERE, lambda row: None)
+    assert found["ledger"]["wasted_samples"] == 0
+    assert runs.ends_alike(run.path, str(whole / "gan"))
+    assert runs.numbers(run.path) == runs.numbers(str(whole / "gan"))
+
+
+def test_a_rank_that_holds_the_others_up_is_named(ray_local, digits, tmp_path):
+    def body(world, threads, contact):
+        world.clock.begin(7)
+        world.clock.lap("data")
+        if world.rank == 1:
+            time.sleep(600)
+        world.clock.lap("compute")
+        world.sum_(torch.ones(1))
+
+    run, began = start(str(tmp_path / "run"), "test", runs.cnn(), digits, 2), time.monotonic()
+    resources = Resources(workers=2, threads=1, hang_seconds=3, max_failures=0)
+    with pytest.raises(RuntimeError, match=r"rank 1 on .* holds the others up: at step 7 nothing has moved.*'data'"):
+        fit.launch(body, (), run, resources, lambda row: None)
+    assert time.monotonic() - began < 120
+    wait_for(lambda: not rank_processes(), 20, "end of the ranks")
+
+
+@pytest.mark.timeout(200)
+def test_a_run_grows_into_room_that_comes_free_and_saves_first(ray_local, digits, tmp_path):
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    held = placement_group([{"CPU": 1}] * (room.now(gpu=False) - 1))
+    assert held.wait(30)
+    run = start(str(tmp_path / "run"), "test", runs.cnn(epochs=500), digits, "1..2")
+    stop, events, sizes = threading.Event(), [], []
+
+    def report(row):
+        if "step" not in row:
+            events.append(row)
+            return
+        if not sizes:
+            remove_placement_group(held)
+        sizes.append(row["workers"])
+        if row["workers"] == 2:
+            stop.set()
+
+    result = fit.train(run, Resources(workers="1..2", threads=1, resize_seconds=1), report, stop=stop)
+    assert result["stopped"]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {1, 2}
+    saved, resized = (next(row for row in events if kind in row) for kind in ("saved", "resize"))
+    assert "room for 2 workers" in saved["why"]
+    assert resized["resize"] == 2
+    assert result["ledger"]["wasted_samples"] == 0
+    assert [row["step"] for row in runs.numbers(run.path)] == list(range(1, result["samples_seen"] // 64 + 1))
+    assert audit.main(["--run", run.path]) == 0
 
 
 def test_more_workers_than_the_run_can_share_never_reach_ray(digits, tmp_path):

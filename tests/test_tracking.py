@@ -1,4 +1,4 @@
-"""What TensorBoard and MLflow see: each step once, whatever was killed, damaged or down; and nothing of it stops a run."""
+"""What TensorBoard and MLflow see: each step once, whatever was killed, damaged or down; nor does it stop a run."""
 
 import json
 import os
@@ -14,7 +14,6 @@ from pipeline.training import checkpoint, fit
 from pipeline.training.run import start
 from pipeline.training.saver import Saver
 from pipeline.training.tracking import Trackers, numbers
-
 
 CONFIG = {"optim": {"lr": 0.1}, "preset": "x" * 600}
 

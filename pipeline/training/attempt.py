@@ -33,7 +33,7 @@ FATAL = (ValueError, FloatingPointError, FileNotFoundError, PermissionError, Sup
 _POLL_S = 0.5
 _BEAT_S = 1.0
 _SILENT_S = 60.0  # without a beat: its node, or the way there, is gone
-_LONELY_S = 15.0  # before people are told that there is no room
+_LONELY_S = 30.0  # before people are told that there is no room
 
 
 class Preempted(RuntimeError):
@@ -90,7 +90,8 @@ def run(
         outcome: dict = {}
         # Not in the main thread: there Ray Train would replace our Ctrl-C by one that exits 0.
         thread = threading.Thread(target=_fit, args=(trainer, outcome), daemon=True)
-        wanted = stack.enter_context(room.wanted(larger - size, cuda))
+        wanted = room.Wanted(larger - size, cuda)
+        stack.callback(wanted.drop)
         lookout = _Lookout(mailbox, size, larger, wanted, cuda, resources, report, stop)
         thread.start()
         while thread.is_alive():
@@ -139,8 +140,9 @@ class _Lookout:
             self.first_step = time.monotonic()
         if not ranks and self.lonely and time.monotonic() - self.began > _LONELY_S:
             self.lonely = False
-            free = room.now(self.cuda)
-            self.report({"note": f"waiting for {self.size} workers to start: there is room for {free} more"})
+            most, kind = room.capacity(self.cuda), "GPU" if self.cuda else "CPU"
+            short = f": the cluster has {most} {kind}s" if most < self.size else ""
+            self.report({"note": f"waiting for {self.size} workers to start{short}"})
         if not self.why and (why := self._reason_to_stop(ranks, draining)):
             self.why = why
             self.mailbox.tell.remote("save")
@@ -156,7 +158,7 @@ class _Lookout:
                 self.leaving = True
                 return f"the node of rank {rank} ({beat['host']}) is about to be taken away"
         settled = self.first_step and time.monotonic() - self.first_step > self.resources.resize_seconds
-        return f"there is room for {self.larger} workers" if settled and self.wanted() else ""
+        return f"there is room for {self.larger} workers" if settled and self.wanted.there() else ""
 
     def _broken(self, ranks: dict) -> str:
         for rank, beat in ranks.items():
@@ -282,12 +284,18 @@ class _Pulse:
 
 
 def _cause(error) -> Exception:
-    """The exception a worker raised, as itself; else one line of what Ray says."""
-    failures = getattr(error, "worker_failures", {})
-    for _, failure in sorted(failures.items()):
+    """The exception a worker raised, as itself, if it would come again; else one line of what happened."""
+    from ray.exceptions import RayActorError
+
+    failures = sorted(getattr(error, "worker_failures", {}).items())
+    for _, failure in failures:
         inner = getattr(failure, "_base_exc", None) or getattr(failure, "cause", None) or failure
         if isinstance(inner, FATAL):
             return inner
-    first = next(iter(failures.values()), error)
-    why = str(first).strip().splitlines() or [type(first).__name__]
+    for rank, failure in failures:  # the others only lost touch with it
+        if isinstance(failure, RayActorError):
+            return RuntimeError(f"rank {rank} died" + (", its node with it" if "node" in str(failure) else ""))
+    why = str(failures[0][1] if failures else error).strip().splitlines() or [type(error).__name__]
+    if any(word in why[-1] for word in ("gloo", "NCCL")):
+        return RuntimeError(f"rank {failures[0][0]} lost touch with another, which died or cannot be reached")
     return RuntimeError(f"a worker failed: {why[-1].partition('. ')[0]}")  # Ray goes on about possible causes

@@ -36,11 +36,12 @@ def train(
     `waiting` a line for people while a dead trainer's lease on S3 runs out. `stop`, once set, ends it early: with a
     checkpoint of the step in flight.
 
-    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics, ledger}. Raises `lease.Held` if the run is being
-    trained already.
+    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics, ledger}. Raises `lease.Held` if the run is
+    being trained already.
     """
     with lease.claim(storage.join(run.path, ".lease"), "millstream train", waiting=waiting):
-        row = {} if finished(run) else launch(_train_body, (run, resources), run, resources, report, stop)
+        done = finished(run)
+        row = {} if done else launch(_train_body, (run, resources), run, resources, report, stop)
     chain = checkpoint.lineage(run.path)
     kept = checkpoint.best(run.path, chain)
     rows = checkpoint.read_metrics(run.path)
@@ -48,7 +49,7 @@ def train(
     best = {f"best_{name}": value for name, value in kept.validation.items()} if kept else {}
     return {
         "run": run.path,
-        "done": not row,  # nothing was left to do
+        "done": done,  # nothing was left to do
         "stopped": "stopped" in row,
         "samples_seen": chain[0].samples,
         "epochs": rows[-1]["epoch"],
@@ -94,6 +95,12 @@ def launch(
         cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
         world = World(device=torch.device("cuda" if cuda else "cpu"))
         return body(*args, world, use_threads(resources.threads), Contact(report, stop.is_set, launched))
+    latest: dict = {}
+
+    def noting(row: dict) -> None:
+        latest.update(row if "step" in row else {})
+        report(row)
+
     allowed = sizes(resources.workers, run.config.loop.micro_batches)
     failures, restarts, reached, size, why = 0, 0, _reached(run), 0, ""
     while True:
@@ -102,10 +109,11 @@ def launch(
             report({"resize": size, "why": why})
         larger = next((n for n in allowed if n > size), size)
         try:
-            ended = attempt.run(body, args, size, larger, resources, launched, report, stop)
+            ended = attempt.run(body, args, size, larger, resources, launched, noting, stop)
         except attempt.FATAL:
             raise
         except RuntimeError as error:
+            ledger.amend(run.path, latest)
             now, why = _reached(run), str(error)
             if not isinstance(error, attempt.Preempted):
                 failures = failures + 1 if now == reached else 1

@@ -106,6 +106,16 @@ class Ledger:
             self._failed = True
 
 
+def amend(run: str, row: dict) -> None:
+    """Tells the record of the newest attempt, which died, of the last row that was seen of it."""
+    records = read(run)
+    if records and row and row["samples"] > records[-1]["samples"]:
+        newer = {"samples": row["samples"], "updated": max(row["time"], records[-1]["updated"])}
+        path = storage.join(run, "ledger", f"{records[-1]['attempt']:06d}.json")
+        with contextlib.suppress(OSError):
+            storage.write(path, json.dumps(records[-1] | newer, indent=1).encode())
+
+
 def read(run: str) -> list[dict]:
     """The records of all attempts that took up work, in order."""
     records = []

@@ -1,8 +1,6 @@
 """[Ray] How many workers fit where: nodes come, go, and give notice before they go."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
 
 from pipeline.training.resources import Resources
 
@@ -33,6 +31,14 @@ def now(gpu: bool) -> int:
     return sum(int(has.get(kind, 0)) for node, has in free.items() if node not in leaving)
 
 
+def capacity(gpu: bool) -> int:
+    """Workers that the nodes which stay could hold, were there nobody else."""
+    from ray._private.state import state
+
+    leaving, kind = draining(), "GPU" if gpu else "CPU"
+    return sum(int(has.get(kind, 0)) for node, has in state.total_resources_per_node().items() if node not in leaving)
+
+
 def choose(sizes: list[int], gpu: bool) -> int:
     """The largest of `sizes` (ascending) there is room for; the smallest if there is not even for that."""
     end, best = time.monotonic() + _SETTLING_S, 0
@@ -44,19 +50,25 @@ def choose(sizes: list[int], gpu: bool) -> int:
     return max((size for size in sizes if size <= best), default=sizes[0])
 
 
-@contextlib.contextmanager
-def wanted(more: int, gpu: bool) -> Iterator[Callable[[], bool]]:
-    """Asks the cluster for room for so many more workers while the block lasts; what is yielded says if it is there.
+class Wanted:
+    """Asks the cluster for room for `more` workers, from the first call of `there` until `drop`.
 
     A placement group asks, so that an autoscaler hears of it, and so that it ends with the driver, SIGKILLed or not.
+    Asked for before the workers that are there to begin with have their places, it would take these.
     """
-    if not more:
-        yield lambda: False
-        return
-    from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group([{"GPU" if gpu else "CPU": 1}] * more)
-    try:
-        yield lambda: group.wait(0.01)
-    finally:
-        remove_placement_group(group)
+    def __init__(self, more: int, gpu: bool):
+        self.more, self.kind, self.group = more, "GPU" if gpu else "CPU", None
+
+    def there(self) -> bool:
+        from ray.util.placement_group import placement_group
+
+        if self.more and self.group is None:
+            self.group = placement_group([{self.kind: 1}] * self.more)
+        return self.group is not None and self.group.wait(0.01)
+
+    def drop(self) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        if self.group is not None:
+            remove_placement_group(self.group)
