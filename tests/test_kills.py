@@ -8,15 +8,17 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import runs
 from s3_server import wait_for
-from test_fit import HERE
+from test_fit import HERE, rank_processes
 
 from pipeline import storage
 from pipeline.training import fit
+from pipeline.training.resources import Resources
 from pipeline.training.run import start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -86,6 +88,48 @@ def test_ten_kills_of_a_single_process(digits, tmp_path, kind):
             break
     fit.train(start(path, "test", runs.KINDS[kind](epochs=24, **OFTEN), digits, 0), HERE, lambda row: None)
     check(path, unbroken(tmp_path, kind, digits, 24), 11)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", runs.KINDS)
+def test_ten_kills_of_workers_in_one_run(ray_local, digits, tmp_path, kind):
+    """A rank of two, at a random step each time; the command goes on by itself."""
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    draws, path, rows = random.Random(seed), str(tmp_path / "run"), []
+    config = runs.KINDS[kind](epochs=80, checkpoint_every=1280, validate_every=1 << 40)
+    killed = []
+
+    def kill():
+        for _ in range(10):
+            known = len(rows)
+            last = draws.randrange(1, 60)
+            wait_for(
+                lambda k=known, s=last: [r for r in rows[k:] if "step" in r and r["step"] >= rows_from(k) + s],
+                120,
+                "step",
+            )
+            pids = rank_processes()
+            os.kill(draws.choice(pids), signal.SIGKILL)
+            killed.append(rows[-1])
+            restarts = sum("restart" in row for row in rows)
+            wait_for(lambda n=restarts: sum("restart" in row for row in rows) > n, 120, "restart")
+
+    def rows_from(known):
+        return next((row["step"] for row in rows[known:] if "step" in row), 1 << 60)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    resources = Resources(workers=2, threads=1, max_failures=20)
+    result = fit.train(start(path, "test", config, digits, 2), resources, rows.append)
+    thread.join()
+    assert len(killed) == 10
+    assert result["ledger"]["attempts"] == 11
+    print("wasted samples", result["ledger"]["wasted_samples"], "recovery", result["ledger"]["seconds"]["recovery"])
+    whole = str(tmp_path / "whole")
+    fit.train(start(whole, "test", config, digits, 0), HERE, lambda row: None)
+    assert runs.ends_alike(path, whole)
+    assert runs.numbers(path) == runs.numbers(whole)
 
 
 def test_kills_of_the_command_at_changing_numbers_of_workers(digits, tmp_path):

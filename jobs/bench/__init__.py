@@ -1,8 +1,9 @@
 """Measures Millstream against the bare machine: each side in turn, in one run, medians of the rounds' ratios.
 
-millstream bench train    training rate against a bare torch loop with every image in memory
-millstream bench load     loading rate against threads that only decode
-millstream bench shard    sharding rate against processes that only decode, resize and encode
+millstream bench train        training rate against a bare torch loop with every image in memory
+millstream bench load         loading rate against threads that only decode
+millstream bench shard        sharding rate against processes that only decode, resize and encode
+millstream bench checkpoint   seconds that training stands still for a checkpoint, and how fast it is stored
 """
 
 import difflib
@@ -10,7 +11,7 @@ import importlib
 
 from jobs.command import say
 
-BENCHES = ("train", "load", "shard")
+BENCHES = ("train", "load", "shard", "checkpoint")
 
 
 def main(argv: list[str]) -> int:

@@ -21,10 +21,10 @@ from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
 from fsspec.asyn import FSTimeoutError, sync
 
-from pipeline.storage import prefixes
+from pipeline.storage import multipart, prefixes
 from pipeline.storage.paths import IN_FLIGHT, Conflict, File, StorageError, name
 
-_PART_BYTES = 16 * 2**20  # larger objects go up in parts of this size, each buffered in memory
+_PART_BYTES = 16 * 2**20  # of what is written piece by piece, each buffered in memory
 _ATTEMPTS = 4  # backoff of at most 1 + 2 + 4 s: a refused connection is reported within 10 s
 _ENVIRONMENT = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
@@ -98,21 +98,31 @@ def _get(path: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]
         with _named(path):
             return filesystem(path)[0].cat_file(path, start=start, end=end), ""
     span = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
+    return _on_client(path, lambda client: _download(client, path, **span))
 
-    async def request(client):
-        failed = 0
-        while True:
-            response = await client.get_object(**_address(path), **span)
-            try:
-                return await response["Body"].read(), response["ETag"]
-            except Exception:  # the client does not repeat a GET whose body was cut midway
-                response["Body"].close()
-                failed += 1
-                if failed == _ATTEMPTS:
-                    raise
-            await asyncio.sleep(random.random() * 2**failed / 2)
 
-    return _on_client(path, request)
+async def _download(client, path: str, **wanted: str) -> tuple[bytes, str]:
+    """(content, tag). A whole object that is large comes in parts of one version."""
+    failed = 0
+    while True:
+        response = await client.get_object(**_address(path), **wanted)
+        size, tag = response["ContentLength"], response["ETag"]
+        try:
+            if wanted or size < 2 * multipart.PART_BYTES:
+                return await response["Body"].read(), tag
+            response["Body"].close()
+
+            async def part(number: int, start: int, end: int, tag=tag) -> bytes:
+                return (await _download(client, path, Range=f"bytes={start}-{end - 1}", IfMatch=tag))[0]
+
+            return b"".join(await multipart.each(part, size)), tag
+        except Exception as error:  # the client does not repeat a GET whose body was cut midway
+            response["Body"].close()
+            failed += 1
+            replaced = _code(error) in _UNMET  # meanwhile: what is there now is read from its beginning
+            if failed == _ATTEMPTS or (isinstance(error, boto.ClientError) and not replaced):
+                raise
+        await asyncio.sleep(random.random() * 2**failed / 2)
 
 
 def read(path: str) -> bytes:
@@ -160,11 +170,13 @@ def _list(prefix: str) -> list[File]:
 
 
 def write(path: str, data: bytes) -> None:
-    if _google(path) or len(data) > _PART_BYTES:
+    if _google(path):
         with writer(path) as file:
             file.write(data)
-    else:
+    elif len(data) < 2 * multipart.PART_BYTES:
         _s3(path, "put_object", Body=bytes(data))
+    else:
+        _on_client(path, lambda client: multipart.put(client, _address(path), memoryview(data)))
 
 
 @contextlib.contextmanager

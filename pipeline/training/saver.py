@@ -88,6 +88,10 @@ class Saver:
         copy = self._host.copy(state)
         self._flying: Future | None = self._pool.submit(self._write, copy, samples, rows, validation)
 
+    def writing(self) -> bool:
+        """Whether a checkpoint is on its way."""
+        return self._flying is not None and not self._flying.done()
+
     def wait(self) -> None:
         """Returns when nothing is in flight; raises what a write raised."""
         flying, self._flying = self._flying, None

@@ -1,0 +1,136 @@
+"""Runs on real Ray nodes that die, come, and give notice before they go: no sample is lost or seen twice on the way."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import runs
+from test_fit import HERE
+
+from jobs import audit
+from pipeline.training import fit
+from pipeline.training.run import start
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+
+# A cluster of a head without places and of nodes with one each; a run on it; and what happens to its nodes, one after
+# the other, once the run has taken some steps at its size: kill (SIGKILL), drain (with a minute's notice), add.
+SCENE = """
+import json, os, subprocess, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from ray._private.state import state
+import runs
+from pipeline.training import fit
+from pipeline.training.resources import Resources
+from pipeline.training.run import start
+
+path, data, config, workers, steps, *events = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+run = start(path, "test", runs.KINDS["cnn"](**json.loads(config)), data, workers)
+rows, told, result, log = [], [], {}, []
+
+def report(row):
+    (rows if "step" in row else told).append(row | {"at": time.time()})
+
+def train():
+    result.update(fit.train(run, Resources(workers=workers, threads=1, resize_seconds=1), report))
+
+thread = threading.Thread(target=train)
+thread.start()
+
+def wait(size, more):
+    # until the run has taken `more` steps at that size, from now on; gives the row of the first of them
+    known = len(rows)
+    while True:
+        assert thread.is_alive(), (told, rows[-1:])
+        new = [row for row in rows[known:] if row["workers"] == size]
+        if new and rows[-1]["step"] >= new[0]["step"] + more:
+            return new[0]
+        time.sleep(0.05)
+
+size = 2 if workers == "1..2" else 1
+wait(size, int(steps))
+for event in events:
+    at, last = time.time(), rows[-1]["step"]
+    if event == "add":
+        nodes.append(cluster.add_node(num_cpus=1))
+    else:
+        free = state.available_resources_per_node()
+        busy = next(node for node in nodes if not free.get(node.node_id, {}).get("CPU"))
+        nodes.remove(busy)
+        if event == "kill":
+            cluster.remove_node(busy, allow_graceful=False)
+        else:
+            command = [os.path.join(os.path.dirname(sys.executable), "ray"), "drain-node"]
+            command += ["--address", cluster.address, "--node-id", busy.node_id, "--deadline-remaining-seconds", "60"]
+            command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
+        if workers != "1..2":
+            nodes.append(cluster.add_node(num_cpus=1))
+    if workers == "1..2":
+        size = 2 if event == "add" else 1
+        first = wait(size, int(steps))
+    else:
+        restarts = sum("restart" in row or "saved" in row for row in told)
+        while sum("restart" in row or "saved" in row for row in told) == restarts:
+            assert thread.is_alive(), told
+            time.sleep(0.05)
+        first = wait(size, int(steps))
+    log.append({"event": event, "step": last, "seconds": first["at"] - at})
+thread.join(300)
+print(json.dumps({"result": result, "told": told, "log": log}), flush=True)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def scene(path, data, config, workers, steps, events):
+    """What the scene prints, as it prints it; its cluster is gone when this returns."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment |= {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    words = [path, data, json.dumps(config), workers, str(steps), *events]
+    done = subprocess.run(
+        [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, env=environment, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_whose_nodes_die_come_and_give_notice_ends_as_one_undisturbed(digits, tmp_path):
+    config, path, whole = {"epochs": 60, "checkpoint_every": 640}, str(tmp_path / "run"), str(tmp_path / "whole")
+    found = scene(path, digits, config, "1..2", 60, ["kill", "add", "drain"])
+    print(found["log"])
+    told = [next(kind for kind in ("restart", "saved", "resize", "note") if kind in row) for row in found["told"]]
+    assert [kind for kind in told if kind != "note"] == ["restart", "resize", "saved", "resize", "saved", "resize"]
+    assert [row["resize"] for row in found["told"] if "resize" in row] == [1, 2, 1]
+    assert "about to be taken away" in [row for row in found["told"] if "saved" in row][1]["why"]
+    assert found["result"]["ledger"]["wasted_samples"] < 640 + 64  # of the kill; growth and notice waste none
+    fit.train(start(whole, "test", runs.cnn(**config), digits, 0), HERE, lambda row: None)
+    assert runs.ends_alike(path, whole)
+    assert runs.numbers(path) == runs.numbers(whole)
+    assert audit.main(["--run", path]) == 0
+
+
+def test_four_preemptions_with_notice_waste_nothing_where_four_without_waste_hundreds_of_steps(digits, tmp_path):
+    """1,600 steps, a checkpoint every 400."""
+    config = {"epochs": 1600 * 16 / runs.SAMPLES, "batch": 16, "checkpoint_every": 6400, "validate_every": 1 << 40}
+    wasted = {}
+    for event in ("drain", "kill"):
+        found = scene(str(tmp_path / event), digits, config, "1", 150, [event] * 4)
+        assert found["result"]["samples_seen"] == 1600 * 16
+        assert [row["step"] for row in runs.numbers(str(tmp_path / event))] == list(range(1, 1601))
+        wasted[event] = found["result"]["ledger"]["wasted_samples"] / 16
+        print(event, wasted[event], found["log"])
+    assert wasted["drain"] <= wasted["kill"] / 10
+    assert wasted["drain"] == 0
+    assert runs.ends_alike(str(tmp_path / "drain"), str(tmp_path / "kill"))
