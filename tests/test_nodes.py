@@ -123,13 +123,13 @@ def test_a_run_whose_nodes_die_come_and_give_notice_ends_as_one_undisturbed(digi
 
 def test_four_preemptions_with_notice_waste_nothing_where_four_without_waste_hundreds_of_steps(digits, tmp_path):
     """1,600 steps, a checkpoint every 400."""
-    config = {"epochs": 1600 * 16 / runs.SAMPLES, "batch": 16, "checkpoint_every": 6400, "validate_every": 1 << 40}
+    config = {"epochs": 1600 * 64 / runs.SAMPLES, "checkpoint_every": 400 * 64, "validate_every": 1 << 40}
     wasted = {}
     for event in ("drain", "kill"):
-        found = scene(str(tmp_path / event), digits, config, "1", 150, [event] * 4)
-        assert found["result"]["samples_seen"] == 1600 * 16
+        found = scene(str(tmp_path / event), digits, config, "1", 100, [event] * 4)
+        assert found["result"]["samples_seen"] == 1600 * 64
         assert [row["step"] for row in runs.numbers(str(tmp_path / event))] == list(range(1, 1601))
-        wasted[event] = found["result"]["ledger"]["wasted_samples"] / 16
+        wasted[event] = found["result"]["ledger"]["wasted_samples"] / 64
         print(event, wasted[event], found["log"])
     assert wasted["drain"] <= wasted["kill"] / 10
     assert wasted["drain"] == 0

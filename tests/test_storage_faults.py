@@ -169,3 +169,10 @@ def test_parts_are_never_more_than_an_upload_may_have():
     assert len(multipart.spans(10**12)) <= 10_000
     assert multipart.spans(10**12)[-1][1] == 10**12
     assert multipart.spans(1) == [(0, 1)]
+
+
+def test_what_other_tools_mark_folders_by_is_no_file(s3):
+    place = s3.fresh()
+    for key in ("", "sub/", "sub/x"):
+        objects._s3(f"{place}/{key}", "put_object", Body=b"")
+    assert [file.path for file in storage.list_files(place)] == ["sub/x"]

@@ -154,7 +154,8 @@ def exists(path: str) -> bool:
 
 def list_files(path: str) -> Iterator[File]:
     rows = _list(path.rstrip("/") + "/")
-    return (file for file in rows if not (file.path.endswith("/") or IN_FLIGHT.fullmatch(name(file.path))))
+    # Other tools mark folders by objects that end in a slash; the folder's own has no name left here.
+    return (f for f in rows if f.path and not (f.path.endswith("/") or IN_FLIGHT.fullmatch(name(f.path))))
 
 
 def _list(prefix: str) -> list[File]:
