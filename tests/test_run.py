@@ -9,14 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import runs
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_growth import names, paint
 
 from jobs import audit
 from pipeline import storage
 from pipeline.loading.augment import Augment
 from pipeline.loading.order import Batching
 from pipeline.loading.selection import Selection
-from pipeline.shards import index
+from pipeline.shards import index, pinned
 from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 from pipeline.training import checkpoint, fit
@@ -355,3 +357,61 @@ def test_a_run_made_before_there_were_selections_can_still_be_opened(digits, tmp
     del stored["selection"], stored["augment"]["policy"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
     assert open_run(str(tmp_path / "run")).config.selection == Selection()
+
+
+def test_a_run_keeps_to_the_dataset_it_began_with_when_that_grows(tmp_path):
+    source, data, path, whole = (str(tmp_path / name) for name in ("in", "data", "run", "whole"))
+    recipe = Recipe(samples_per_shard=40, val_fraction=0.2)
+    paint(tmp_path / "in", *names("b", "d", end=150))
+    build(source, data, recipe, workers=0)
+    config = runs.cnn(batch=16, checkpoint_every=64)
+    trained(whole, config, data)
+    stopped(path, config, data, 7)
+    paint(tmp_path / "in", *names("a", "b", start=150, end=200))
+    build(source, data, recipe, workers=0)
+    grown = index.load(data)
+    assert len(grown.info["generations"]) == 2
+    assert grown.classes == ("b", "d", "a")
+    trained(path, config, data)
+    assert runs.ends_alike(path, whole)
+    assert runs.numbers(path) == runs.numbers(whole)
+    assert audit.main(["--run", path]) == 0
+    about = checkpoint.lineage(path)[0].about
+    assert about["generations"] == pinned.generations(grown)[:1]
+    assert about["config"]["optim"]["lr"] == config.optim.lr
+    assert len(pinned.generations(grown)) == 2
+    fresh = start(str(tmp_path / "fresh"), "test", config, data, 0)
+    assert list(fresh.generations) == pinned.generations(grown)
+
+
+@pytest.mark.parametrize(("step", "kept"), [(1, "there is no checkpoint yet"), (8, "the last good checkpoint is 0")])
+def test_a_loss_that_is_not_finite_names_its_samples_and_the_checkpoint_that_is_good(
+    digits, tmp_path, monkeypatch, step, kept
+):
+    path, real, calls = str(tmp_path / "run"), rank_module.train, []
+
+    def spoiled(config, optim, task, *more):
+        loss = task.phases[0].loss
+
+        def poisoned(batch):
+            calls.append(batch.rows)
+            each, numbers = loss(batch)
+            if len(calls) == 2 * step:
+                each = each * torch.where(torch.arange(len(each)) == 3, torch.nan, 1.0)
+                numbers["loss"] = each.detach().sum()
+            return each, numbers
+
+        task.phases[0].loss = poisoned
+        return real(config, optim, task, *more)
+
+    monkeypatch.setattr(rank_module, "train", spoiled)
+    with pytest.raises(FloatingPointError, match=rf"at step {step} .* {kept}.*--skip-nonfinite") as found:
+        trained(path, runs.cnn(), digits)
+    key = index.load(digits).split("train").keys[int(calls[-1][3])].as_py()
+    assert f"on the samples {key};" in str(found.value)
+    calls.clear()
+    trained(path, runs.cnn(skip_nonfinite=1), digits)
+    rows = checkpoint.read_metrics(path)
+    assert [row["step"] for row in rows] == list(range(1, 27))
+    assert sum("skipped" in row for row in rows) == 1
+    assert checkpoint.newest(path)[1]["skipped"] == 1
