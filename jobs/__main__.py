@@ -10,6 +10,7 @@ VERBS = {
     "verify": "read a dataset again, compare it with its checksums, repair it",
     "audit": "prove that every world size draws the same samples, each once an epoch; check what a run drew",
     "train": "train a preset on a dataset; the same command again resumes",
+    "checkpoints": "list a run's checkpoints, and pin those that must stay",
     "evaluate": "score a run's best checkpoint on a split",
     "sample": "draw images from a trained GAN",
     "demo": "all of it on scikit-learn's digits, with a report page",
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {verb:9} {what}" for verb, what in VERBS.items()]
+    lines = [f"  {verb:11} {what}" for verb, what in VERBS.items()]
     return "\n".join([__doc__, "", "usage: millstream VERB ... (millstream VERB --help says more)", "", *lines])
 
 

@@ -270,3 +270,19 @@ def test_who_stops_a_training_loses_nothing_and_the_same_command_goes_on(tmp_pat
     assert json.loads(out)["epochs"] >= 5
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_checkpoints_are_listed_and_pinned_by_name(classifier, cli):
+    code, out, err = cli("checkpoints", classifier, "--json")
+    assert code == 0
+    (only,) = json.loads(out)["checkpoints"]
+    assert only["best"]
+    assert not only["pinned"]
+    assert only["name"] in err
+    code, out, _ = cli("checkpoints", classifier, "--pin", only["name"], "--why", "published", "--json")
+    assert (code, json.loads(out)["checkpoints"][0]["pinned"]) == (0, True)
+    code, _, err = cli("checkpoints", classifier, "--pin", "000000000001-0001")
+    assert code == 2
+    assert only["name"] in err
+    code, out, _ = cli("checkpoints", classifier, "--unpin", only["name"], "--json")
+    assert (code, json.loads(out)["checkpoints"][0]["pinned"]) == (0, False)

@@ -106,7 +106,7 @@ def run(
     if isinstance(error, FATAL):
         raise error
     if lookout.leaving:
-        raise Preempted(f"{lookout.why}, and was before a checkpoint stood")
+        raise Preempted(f"{lookout.why}; it went before a checkpoint stood")
     raise RuntimeError(lookout.broken or str(error or "the workers ended without a word"))
 
 
