@@ -90,32 +90,26 @@ def test_ten_kills_of_a_single_process(digits, tmp_path, kind):
     check(path, unbroken(tmp_path, kind, digits, 24), 11)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", runs.KINDS)
-def test_ten_kills_of_workers_in_one_run(ray_local, digits, tmp_path, kind):
-    """A rank of two, at a random step each time; the command goes on by itself."""
+@pytest.mark.timeout(900)
+def test_ten_kills_of_workers_in_one_run(ray_local, digits, tmp_path):
+    """A rank of two, at a random step each time; the command goes on by itself. Of the GAN alone: starts take long."""
     seed = random.randrange(10**6)
     print("seed", seed)
     draws, path, rows = random.Random(seed), str(tmp_path / "run"), []
-    config = runs.KINDS[kind](epochs=80, checkpoint_every=1280, validate_every=1 << 40)
+    config = runs.gan(epochs=60, checkpoint_every=1280, validate_every=1 << 40)
     killed = []
 
     def kill():
         for _ in range(10):
             known = len(rows)
             last = draws.randrange(1, 60)
-            wait_for(
-                lambda k=known, s=last: [r for r in rows[k:] if "step" in r and r["step"] >= rows_from(k) + s],
-                120,
-                "step",
-            )
-            pids = rank_processes()
-            os.kill(draws.choice(pids), signal.SIGKILL)
-            killed.append(rows[-1])
+            wait_for(lambda k=known, s=last: any(row.get("step", 0) >= begun(k) + s for row in rows[k:]), 120, "step")
             restarts = sum("restart" in row for row in rows)
+            os.kill(draws.choice(rank_processes()), signal.SIGKILL)
+            killed.append(rows[-1])
             wait_for(lambda n=restarts: sum("restart" in row for row in rows) > n, 120, "restart")
 
-    def rows_from(known):
+    def begun(known):
         return next((row["step"] for row in rows[known:] if "step" in row), 1 << 60)
 
     thread = threading.Thread(target=kill)
