@@ -2,22 +2,39 @@
 
 import asyncio
 import contextlib
-import threading
+import multiprocessing
 from collections.abc import Iterator
 
-_CHUNK = 1 << 16
+_CHUNK = 1 << 17
 _PAUSE_S = 0.005  # after so long without a byte, what comes is a new message
 
 
 @contextlib.contextmanager
 def slow_road(host: str, port: int, bytes_per_s: float, delay_s: float) -> Iterator[int]:
     """A port of this machine that leads to host:port. Each connection carries at most `bytes_per_s` in each direction,
-    and the first byte of each message arrives `delay_s` late."""
-    loop, ready = asyncio.new_event_loop(), threading.Event()
-    found: list[int] = []
+    and the first byte of each message arrives `delay_s` late. It is a process of its own, so that it holds nobody up.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, host, port, bytes_per_s, delay_s), daemon=True)
+    process.start()
+    try:
+        assert ours.poll(30), "the slow road does not open"
+        yield ours.recv()
+    finally:
+        process.kill()
+        process.join(10)
+
+
+def _serve(pipe, host: str, port: int, bytes_per_s: float, delay_s: float) -> None:
+    asyncio.run(_lead(pipe, host, port, bytes_per_s, delay_s))
+
+
+async def _lead(pipe, host: str, port: int, bytes_per_s: float, delay_s: float) -> None:
+    clock = asyncio.get_running_loop().time
 
     async def carry(reader, writer) -> None:
-        clock, free, last = loop.time, 0.0, 0.0
+        free, last = 0.0, 0.0
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK):
                 now = clock()
@@ -35,23 +52,7 @@ def slow_road(host: str, port: int, bytes_per_s: float, delay_s: float) -> Itera
         there = await asyncio.open_connection(host, port)
         await asyncio.gather(carry(reader, there[1]), carry(there[0], writer))
 
-    async def serve() -> None:
-        server = await asyncio.start_server(connect, "127.0.0.1", 0)
-        found.append(server.sockets[0].getsockname()[1])
-        ready.set()
-        async with server:
-            await server.serve_forever()
-
-    def run() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            loop.run_until_complete(task)
-
-    task = loop.create_task(serve())
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    ready.wait(10)
-    try:
-        yield found[0]
-    finally:
-        loop.call_soon_threadsafe(task.cancel)
-        thread.join(10)
+    server = await asyncio.start_server(connect, "127.0.0.1", 0)
+    pipe.send(server.sockets[0].getsockname()[1])
+    async with server:
+        await server.serve_forever()
