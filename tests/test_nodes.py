@@ -38,7 +38,7 @@ def report(row):
     (rows if "step" in row else told).append(row | {"at": time.time()})
 
 def train():
-    result.update(fit.train(run, Resources(workers=workers, threads=1, resize_seconds=1), report))
+    result.update(fit.train(run, Resources(workers=workers, threads=1, resize_seconds=1, max_failures=9), report))
 
 thread = threading.Thread(target=train)
 thread.start()
