@@ -36,7 +36,7 @@ path, data, kind, epochs, workers = sys.argv[1:]
 run = start(path, "test", runs.KINDS[kind](epochs=int(epochs), checkpoint_every=64), data, int(workers))
 def train():
     print(os.environ.get("MILLSTREAM_SCRATCH", ""), flush=True)
-    fit.train(run, Resources(workers=int(workers), threads=1), lambda row: print("row", flush=True))
+    fit.train(run, Resources(workers=int(workers), threads=1), lambda row: "step" in row and print("row", flush=True))
 if int(workers):
     with ray_session(int(workers)):
         train()

@@ -13,7 +13,7 @@ from jobs import audit
 from pipeline.training import fit
 from pipeline.training.run import start
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 # A cluster of a head without places and of nodes with one each; a run on it; and what happens to its nodes, one after
 # the other, once the run has taken some steps at its size: kill (SIGKILL), drain (with a minute's notice), add.
@@ -97,7 +97,7 @@ def scene(path, data, config, workers, steps, events):
     }
     words = [path, data, json.dumps(config), workers, str(steps), *events]
     done = subprocess.run(
-        [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, env=environment, timeout=400
+        [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, env=environment, timeout=450
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
