@@ -38,7 +38,7 @@ def report(row):
     (rows if "step" in row else told).append(row | {"at": time.time()})
 
 def train():
-    result.update(fit.train(run, Resources(workers=workers, threads=1, resize_seconds=1, max_failures=9), report))
+    result.update(fit.train(run, Resources(workers=workers, threads=1, resize_seconds=1), report))
 
 thread = threading.Thread(target=train)
 thread.start()
@@ -118,16 +118,15 @@ def test_a_run_whose_nodes_die_come_and_give_notice_ends_as_one_undisturbed(digi
     assert audit.main(["--run", path]) == 0
 
 
-def test_four_preemptions_with_notice_waste_nothing_where_four_without_waste_hundreds_of_steps(digits, tmp_path):
-    """1,600 steps, a checkpoint every 400."""
+def test_four_preemptions_with_notice_waste_nothing(digits, tmp_path):
+    """1,600 steps, a checkpoint every 400: without a save at the notice, each would go back to the last of these."""
     config = {"epochs": 1600 * 64 / runs.SAMPLES, "checkpoint_every": 400 * 64, "validate_every": 1 << 40}
-    wasted = {}
-    for event in ("drain", "kill"):
-        found = scene(str(tmp_path / event), digits, config, "1", 100, [event] * 4)
-        assert found["result"]["samples_seen"] == 1600 * 64
-        assert [row["step"] for row in runs.numbers(str(tmp_path / event))] == list(range(1, 1601))
-        wasted[event] = found["result"]["ledger"]["wasted_samples"] / 64
-        print(event, wasted[event], found["log"])
-    assert wasted["drain"] <= wasted["kill"] / 10
-    assert wasted["drain"] == 0
-    assert runs.ends_alike(str(tmp_path / "drain"), str(tmp_path / "kill"))
+    path = str(tmp_path / "run")
+    found = scene(path, digits, config, "1", 100, ["drain"] * 4)
+    print(found["log"])
+    assert found["result"]["samples_seen"] == 1600 * 64
+    assert [row["step"] for row in runs.numbers(path)] == list(range(1, 1601))
+    assert found["result"]["ledger"]["attempts"] == 5
+    without = sum(event["step"] % 400 for event in found["log"])
+    assert found["result"]["ledger"]["wasted_samples"] / 64 <= without / 10
+    assert found["result"]["ledger"]["wasted_samples"] == 0
