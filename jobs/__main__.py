@@ -14,6 +14,8 @@ VERBS = {
     "evaluate": "score a run's best checkpoint on a split",
     "sample": "draw images from a trained GAN",
     "demo": "all of it on scikit-learn's digits, with a report page",
+    "submit": "run any verb on a Ray cluster, and end as it ends",
+    "job": "status, logs, stop, wait, list of what was submitted",
     "bench": "measure sharding, loading and training against the bare machine",
 }
 
