@@ -3,7 +3,7 @@
 import re
 
 _NAMES = re.compile(
-    r"(?i)(secret|passw(or)?d|passphrase|credential|private_?key|api_?key|access_?key|auth|(^|_)token|(^|_)pat$|_key$)"
+    r"(?i)(secret|passw(or)?d|passphrase|credential|private_?key|api_?key|access_?key|(^|_)auth(_|$)|(^|_)token(s?$|_)|(^|_)pat$|_key$)"
 )
 _HARMLESS = re.compile(r"(?i)(_path|_file|_mode|_url|_uri)$")  # where a secret lies is no secret
 _MORE = re.compile(r"\b(hf_[A-Za-z0-9]{30,}|xox[abp]-[\w-]{10,}|AIza[\w-]{35}|glpat-[\w-]{20,})")

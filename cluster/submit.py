@@ -96,7 +96,8 @@ async def _by_the_store(head: Head, run: str, wanted: Wanted, code, said: dict) 
 
 async def _goes_on(head: Head, store: str, attempt: book.Attempt, take_over: bool) -> bool:
     """Whether the newest attempt is under way; one that was claimed and never submitted is submitted now."""
-    facts, heard = (await asyncio.to_thread(read, store, attempt) for read in (book.claimed, book.heard))
+    facts = await asyncio.to_thread(book.claimed, store, attempt)
+    heard = await asyncio.to_thread(book.heard, store, attempt)
     if heard and heard["code"] is not None:
         return False
     info = await head.job(attempt.job)

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster import submit
 from cluster.head import Unreachable
@@ -12,6 +13,7 @@ from jobs.job_words import Where, followed, on_head, unreachable
 from pipeline import storage
 
 _PLACES = ("--data", "--out")
+_HERE = ("submit", "job", "cluster")  # verbs that speak to a cluster, and do not run on one
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ def run(args: Args, words: list[str]) -> dict:
 def _checked(words: list[str], workers: str | None) -> list[str]:
     """The verb's words, once they mean the same on another machine."""
     verb = words[0]
-    if verb in ("submit", "job", "cluster") or not verb.isidentifier() or not importlib.util.find_spec(f"jobs.{verb}"):
+    spec = verb.isidentifier() and not verb.startswith("_") and importlib.util.find_spec(f"jobs.{verb}")
+    if (
+        not spec
+        or verb in _HERE
+        or (not spec.submodule_search_locations and "def main(" not in Path(spec.origin).read_text())
+    ):
         raise ValueError(f"{verb!r} is no verb to run on a cluster: millstream --help lists them")
     if workers and any(word.split("=")[0] == "--workers" for word in words):
         raise ValueError("--workers is given twice: before and after --")
