@@ -57,7 +57,8 @@ class S3Server:
     Start it from the main thread: the kernel ends it with the thread that started it.
     """
 
-    def __init__(self):
+    def __init__(self, ip: str = "127.0.0.1", within: tuple[str, ...] = ()):
+        self.ip, self.within = ip, within  # within: a command that runs another elsewhere, as `ip netns exec HOST`
         self.folder = tempfile.mkdtemp(prefix="millstream-s3-")
         self.process: subprocess.Popen | None = None
         self.ports = _free_ports()
@@ -71,7 +72,7 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}"
+        return f"http://{self.ip}:{self.ports[0]}"
 
     @property
     def env(self) -> dict[str, str]:
@@ -92,7 +93,7 @@ class S3Server:
         env |= {"WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"}  # one volume a bucket at first use
         env |= {"WEED_FILER_OPTIONS_S3_EMPTY_FOLDER_CLEANUP_DELAY": "1s"}  # emptied prefixes leave listings sooner
         with open(f"{self.folder}/log", "ab") as log:
-            command = [find_weed(), f"-logdir={self.folder}/tmp", "mini", *self._flags()]
+            command = [*self.within, find_weed(), f"-logdir={self.folder}/tmp", "mini", *self._flags()]
             self.process = subprocess.Popen(
                 command, env=env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 preexec_fn=_die_with_parent, start_new_session=True,
@@ -103,7 +104,7 @@ class S3Server:
     def _flags(self) -> list[str]:
         return [
             f"-dir={self.folder}/data",
-            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1"),  # inner ports have no authentication
+            *(f"-ip={self.ip}", f"-ip.bind={self.ip}"),  # inner ports have no authentication
             "-master.telemetry=false",  # on by default
             "-master.resumeState=false",  # restart after a kill in 1 s, not 5 to 15
             *("-volume.max=2000", "-master.volumeSizeLimitMB=1024"),  # a bucket takes at least one volume
@@ -118,7 +119,7 @@ class S3Server:
         assert self.process.poll() is None, f"weed ended with {self.process.returncode}: {self.log()}"
         try:
             # The master hands out a file id once a leader is elected and the volume server is there.
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/dir/assign", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://{self.ip}:{self.ports[2]}/dir/assign", timeout=2) as answer:
                 assigned = b'"fid"' in answer.read()
             with urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=2):
                 return assigned

@@ -17,7 +17,8 @@ ALLOWED = {
     "loading": {"shards.tar", "shards.index", "storage", "draw"},
     "training": {"loading", "models", "evaluation", "shards.index", "shards.pinned", "storage", "lease", "draw"},
 }
-RAY = {"pipeline.shards.build", "pipeline.training.attempt", "pipeline.training.room", "pipeline.predict"}
+RAY = {"pipeline.shards.build", "pipeline.predict"}
+RAY |= {f"pipeline.training.{name}" for name in ("attempt", "room", "gloo")}
 
 
 def modules():

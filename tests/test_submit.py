@@ -369,7 +369,7 @@ def test_the_driver_of_a_dead_head_cannot_write_over_its_successor(s3, digits, m
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     place = s3.fresh()
     store, out = f"{place}/store", f"{place}/run"
-    epochs = ["--epochs", "40", "--checkpoint-every", "2000"]
+    epochs = ["--epochs", "12", "--checkpoint-every", "1600"]
     words = ["train", "digits_cnn", "--data", digits, "--out", out, "--workers", "0", *epochs]
     with RayHead() as head:
         at = ["--address", head.address, "--store", store, "--json"]

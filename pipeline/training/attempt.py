@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.training import room
+from pipeline.training import gloo, room
 from pipeline.training.checkpoint import Superseded
 from pipeline.training.ledger import Launch
 from pipeline.training.rank import use_threads
@@ -58,7 +58,7 @@ def run(
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     cuda, here = room.cuda(resources, size), ray.get_runtime_context().get_node_id()
@@ -72,14 +72,9 @@ def run(
         timeout = int(resources.hang_seconds + 2 * _SILENT_S)
         trainer = TorchTrainer(
             _on_worker,
-            train_loop_config={
-                "body": body,
-                "args": args,
-                "threads": resources.threads,
-                "mailbox": mailbox,
-                "launch": launch,
-            },
-            torch_config=TorchConfig(backend="nccl" if cuda else "gloo", timeout_s=timeout),
+            train_loop_config={"body": body, "args": args, "threads": resources.threads}
+            | {"mailbox": mailbox, "launch": launch},
+            torch_config=gloo.torch_config("nccl" if cuda else "gloo", timeout),
             scaling_config=ScalingConfig(num_workers=size, use_gpu=cuda),
             run_config=RunConfig(
                 name=f"attempt-{uuid.uuid4().hex}",
@@ -297,5 +292,6 @@ def _cause(error) -> Exception:
             return RuntimeError(f"rank {rank} died" + (", its node with it" if "node" in str(failure) else ""))
     why = str(failures[0][1] if failures else error).strip().splitlines() or [type(error).__name__]
     if any(word in why[-1] for word in ("gloo", "NCCL")):
-        return RuntimeError(f"rank {failures[0][0]} lost touch with another, which died or cannot be reached")
+        who = f"rank {failures[0][0]}" if failures else "a rank"
+        return RuntimeError(f"{who} lost touch with another, which died or cannot be reached")
     return RuntimeError(f"a worker failed: {why[-1].partition('. ')[0]}")  # Ray goes on about possible causes
