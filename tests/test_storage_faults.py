@@ -1,7 +1,11 @@
-"""S3 alone: wrong credentials, an endpoint that fails, a fork."""
+"""S3 alone: wrong credentials, an endpoint that fails, a fork, Ctrl-C."""
 
+import asyncio
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -150,19 +154,99 @@ def test_an_upload_that_fails_leaves_no_part_of_it(s3, monkeypatch):
 def test_an_object_replaced_while_it_comes_down_is_read_as_one_or_the_other(s3, monkeypatch):
     path, before, after = f"{s3.fresh()}/x", os.urandom(LARGE), os.urandom(LARGE)
     storage.write(path, before)
-    real, replaced = multipart.each, []
+    real, kept = multipart.each, []
 
     async def each(work, size):
-        if replaced == []:
-            replaced.append(await work(0, 0, 1000))
+        monkeypatch.setattr(multipart, "each", real)
+        replaced = asyncio.Event()
+
+        async def one(number, start, end):
+            if number > 0:
+                await replaced.wait()
+                return await work(number, start, end)
+            kept.append(await work(number, start, end))
             client = await objects.filesystem(path)[0].set_session()
-            monkeypatch.setattr(multipart, "each", real)
             await multipart.put(client, objects._address(path), memoryview(after))
-        return await real(work, size)
+            replaced.set()
+            return kept[0]
+
+        return await real(one, size)
 
     monkeypatch.setattr(multipart, "each", each)
     assert storage.read(path) == after
-    assert replaced == [before[:1000]]
+    assert kept == [before[: multipart.PART_BYTES]]
+
+
+@contextlib.contextmanager
+def interrupted(call, path, begun):
+    """A process whose `call` on `path` met Ctrl-C once `begun()`, and which lives on after it."""
+    code = f"""
+import signal, sys
+from pipeline import storage
+from pipeline.storage import multipart
+multipart._AT_ONCE = 2  # so that a slow proxy keeps us here for seconds
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by what a shell starts in the background
+try:
+    {call}
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(begun, 60, "request of the child")
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "interrupted\n"
+            yield
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_an_interrupted_write_leaves_neither_an_object_nor_an_upload(faulty, s3, monkeypatch, method):
+    place, passed_on = s3.fresh(), faulty.fault_for
+
+    def late(method):
+        passed_on(method)
+        time.sleep(0.5 if method in ("POST", "PUT") else 0)  # what is under way reaches the store after the abort
+
+    monkeypatch.setattr(faulty, "fault_for", late)
+    call = "storage.write(sys.argv[1], bytes(12 * multipart.PART_BYTES))"
+    with interrupted(call, f"{place}/x", lambda: faulty.seen.get(method)):
+        time.sleep(1)
+        assert faulty.seen.get("PUT", 0) < 12
+        assert faulty.seen["DELETE"] == 1
+        assert not uploads(s3, place)
+        assert not storage.exists(f"{place}/x")
+
+
+def test_an_interrupted_read_asks_for_no_more(faulty, s3):
+    path = f"{s3.fresh()}/x"
+    storage.write(path, bytes(12 * multipart.PART_BYTES))
+    faulty.fault_every(1, "GET", ["slow"])
+    with interrupted("storage.read(sys.argv[1])", path, lambda: faulty.seen.get("GET", 0) > 1):
+        time.sleep(3)  # a read that went on would end in it
+        assert faulty.seen["GET"] < 13
+
+
+class Unwilling:
+    """A client that starts uploads and can neither add to them nor abort them."""
+
+    async def create_multipart_upload(self, **_):
+        return {"UploadId": "u1"}
+
+    async def upload_part(self, **_):
+        raise RuntimeError("power cut")
+
+    async def abort_multipart_upload(self, **_):
+        raise RuntimeError("no abort")
+
+
+def test_an_abort_that_fails_does_not_hide_what_went_wrong_before():
+    with pytest.raises(RuntimeError, match="power cut") as e:
+        asyncio.run(multipart.put(Unwilling(), {"Bucket": "b", "Key": "k"}, memoryview(bytes(LARGE))))
+    assert any("u1" in note and "no abort" in note for note in e.value.__notes__)
 
 
 def test_parts_are_never_more_than_an_upload_may_have():

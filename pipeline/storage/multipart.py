@@ -33,17 +33,34 @@ async def each(work: Callable[[int, int, int], Awaitable], size: int) -> list:
 
 
 async def put(client, address: dict[str, str], data: memoryview) -> None:
-    """Uploads `data`; the object appears when its last part is there. What fails is aborted, and leaves nothing."""
-    upload = (await client.create_multipart_upload(**address))["UploadId"]
+    """Uploads `data`; the object appears when its last part is there. What fails or is cancelled is aborted, and leaves
+    nothing; should that fail as well, a note to the first error names the upload that is left."""
+    upload = {**address, "UploadId": await _begin(client, address)}
 
     async def send(number: int, start: int, end: int) -> dict:
-        body = bytes(data[start:end])
-        answer = await client.upload_part(**address, UploadId=upload, PartNumber=number + 1, Body=body)
+        answer = await client.upload_part(**upload, PartNumber=number + 1, Body=bytes(data[start:end]))
         return {"PartNumber": number + 1, "ETag": answer["ETag"]}
 
     try:
         parts = await each(send, len(data))
-        await client.complete_multipart_upload(**address, UploadId=upload, MultipartUpload={"Parts": parts})
-    except BaseException:
-        await asyncio.shield(client.abort_multipart_upload(**address, UploadId=upload))
+        await client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+    except BaseException as first:
+        await asyncio.shield(_abort(client, upload, first))
         raise
+
+
+async def _begin(client, address: dict[str, str]) -> str:
+    """The new upload's id. Cancelled, it waits for the answer all the same: without the id nobody can abort it."""
+    answer = asyncio.ensure_future(client.create_multipart_upload(**address))
+    try:
+        return (await asyncio.shield(answer))["UploadId"]
+    except asyncio.CancelledError as first:
+        await _abort(client, {**address, "UploadId": (await answer)["UploadId"]}, first)
+        raise
+
+
+async def _abort(client, upload: dict[str, str], first: BaseException) -> None:
+    try:
+        await client.abort_multipart_upload(**upload)
+    except Exception as e:
+        first.add_note(f"upload {upload['UploadId']} could not be aborted: {e}")

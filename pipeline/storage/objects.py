@@ -1,8 +1,4 @@
-"""Object stores: S3 by the client that s3fs keeps, and plain reads and writes of gs:// by gcsfs.
-
-The errno of a StorageError is EAGAIN where the store did not answer or said it was busy, so that another attempt may
-succeed; EIO where its answer will not change.
-"""
+"""Object stores: S3 by the client that s3fs keeps, and plain reads and writes of gs:// by gcsfs."""
 
 import asyncio
 import contextlib
@@ -17,25 +13,18 @@ from typing import BinaryIO
 
 import fsspec
 import s3fs
-from aiohttp import ClientError as HttpError
 from botocore import exceptions as boto
-from fsspec.asyn import FSTimeoutError, sync
 
-from pipeline.storage import multipart, prefixes
+from pipeline.storage import failures, multipart, prefixes
 from pipeline.storage.paths import IN_FLIGHT, Conflict, File, StorageError, name
 
 _PART_BYTES = 16 * 2**20  # of what is written piece by piece, each buffered in memory
 _ATTEMPTS = 4  # backoff of at most 1 + 2 + 4 s: a refused connection is reported within 10 s
+_TIDY_S = 10  # for what was interrupted to undo what it began
 _ENVIRONMENT = (
     *("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
     *("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
 )
-_UNMET = {"PreconditionFailed", "412"}
-_ELSEWHERE = {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_BUSY = {429, 500, 502, 503, 504}
-_REFUSED = {"403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
-_UNANSWERED = (boto.ConnectionError, boto.HTTPClientError, HttpError, FSTimeoutError, asyncio.TimeoutError)
-
 _making = threading.RLock()  # taken across a fork, so that no child starts with it held by a thread it lacks
 os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
@@ -78,14 +67,27 @@ def _address(path: str) -> dict[str, str]:
 
 
 def _on_client(path: str, request):
-    """Run the coroutine function `request(client)` on s3fs's event loop, from any thread."""
-    fs = filesystem(path)[0]
+    """Run the coroutine function `request(client)` on s3fs's event loop, from any thread.
+
+    Whatever interrupts the caller's wait (Ctrl-C) cancels the request, and is raised once that has ended or had its
+    seconds to: s3fs's own `sync` would let it run on, and an upload would appear after the error.
+    """
+    fs, ended = filesystem(path)[0], threading.Event()
 
     async def run():
-        return await request(await fs.set_session())
+        try:
+            return await request(await fs.set_session())
+        finally:
+            ended.set()
 
-    with _named(path):
-        return sync(fs.loop, run)
+    with failures.named(path):
+        answer = asyncio.run_coroutine_threadsafe(run(), fs.loop)
+        try:
+            return answer.result()
+        except BaseException:
+            if answer.cancel():  # else it has ended, and this is what it raised
+                ended.wait(_TIDY_S)
+            raise
 
 
 def _s3(path: str, operation: str, **arguments) -> dict:
@@ -95,7 +97,7 @@ def _s3(path: str, operation: str, **arguments) -> dict:
 
 def _get(path: str, start: int = 0, end: int | None = None) -> tuple[bytes, str]:
     if _google(path):
-        with _named(path):
+        with failures.named(path):
             return filesystem(path)[0].cat_file(path, start=start, end=end), ""
     span = {} if end is None else {"Range": f"bytes={start}-{end - 1}"}
     return _on_client(path, lambda client: _download(client, path, **span))
@@ -116,10 +118,13 @@ async def _download(client, path: str, **wanted: str) -> tuple[bytes, str]:
                 return (await _download(client, path, Range=f"bytes={start}-{end - 1}", IfMatch=tag))[0]
 
             return b"".join(await multipart.each(part, size)), tag
+        except asyncio.CancelledError:
+            response["Body"].close()
+            raise
         except Exception as error:  # the client does not repeat a GET whose body was cut midway
             response["Body"].close()
             failed += 1
-            replaced = _code(error) in _UNMET  # meanwhile: what is there now is read from its beginning
+            replaced = failures.code(error) in failures.UNMET  # meanwhile: what is there now is read from its beginning
             if failed == _ATTEMPTS or (isinstance(error, boto.ClientError) and not replaced):
                 raise
         await asyncio.sleep(random.random() * 2**failed / 2)
@@ -133,7 +138,7 @@ def read_range(path: str, start: int, end: int) -> bytes:
     try:
         return _get(path, start, end)[0]
     except StorageError as e:
-        if _code(e) in ("InvalidRange", "416"):  # `start` is past the end
+        if failures.code(e) in ("InvalidRange", "416"):  # `start` is past the end
             return b""
         raise
 
@@ -145,7 +150,7 @@ def read_tagged(path: str) -> tuple[bytes, str]:
 def exists(path: str) -> bool:
     try:
         if _google(path):
-            with _named(path):
+            with failures.named(path):
                 return filesystem(path)[0].isfile(path)
         return bool(_s3(path, "head_object"))
     except FileNotFoundError:
@@ -161,7 +166,7 @@ def list_files(path: str) -> Iterator[File]:
 def _list(prefix: str) -> list[File]:
     if _google(prefix):
         fs, inside = filesystem(prefix)
-        with _named(prefix):
+        with failures.named(prefix):
             found = fs.find(inside, detail=True).items()
         return [File(key.removeprefix(inside), info["size"], info.get("etag", "")) for key, info in found]
     bucket, inside = _address(prefix).values()
@@ -183,7 +188,7 @@ def write(path: str, data: bytes) -> None:
 @contextlib.contextmanager
 def writer(path: str) -> Iterator[BinaryIO]:
     fs, inside = filesystem(path)
-    with _named(path):
+    with failures.named(path):
         file = fs.open(inside, "wb", block_size=_PART_BYTES)
         try:
             yield file
@@ -217,7 +222,7 @@ def _put_if(path: str, data: bytes, refusal: Exception, **condition: str) -> str
                 )
             except boto.ClientError as e:
                 failed += 1
-                if _code(e) != "ConditionalRequestConflict" or failed == _ATTEMPTS:
+                if failures.code(e) != "ConditionalRequestConflict" or failed == _ATTEMPTS:
                     raise
             await asyncio.sleep(random.random() * 2**failed / 2)  # another write to the key is under way
 
@@ -226,31 +231,25 @@ def _put_if(path: str, data: bytes, refusal: Exception, **condition: str) -> str
     except OSError as e:
         # If our write succeeded and its acknowledgement was lost, the client's retry (aiohttp has one of its own,
         # which nobody counts) is refused because of it: the mark tells, also among writers of the same bytes.
-        if _code(e) in _UNMET:
+        if failures.code(e) in failures.UNMET:
             with contextlib.suppress(FileNotFoundError):
                 found = _s3(path, "head_object")
                 if found["Metadata"].get("write") == mark:
                     return found["ETag"]
-        if _code(e) in _UNMET or ("IfMatch" in condition and _code(e) in ("NoSuchKey", "404")):
+        if failures.code(e) in failures.UNMET or ("IfMatch" in condition and failures.code(e) in ("NoSuchKey", "404")):
             raise refusal from None
         raise
 
 
-def _code(error: Exception) -> str:
-    """The store's error code, if `error` is or stands for an answer of it."""
-    answer = error if isinstance(error, boto.ClientError) else error.__cause__
-    return answer.response["Error"].get("Code", "") if isinstance(answer, boto.ClientError) else ""
-
-
 def delete(path: str, tag: str | None = None) -> None:
     if _google(path):
-        with _named(path):
+        with failures.named(path):
             filesystem(path)[0].rm_file(path)
     else:
         try:
             _s3(path, "delete_object", **({"IfMatch": tag} if tag else {}))
         except StorageError as e:
-            if _code(e) not in _UNMET:
+            if failures.code(e) not in failures.UNMET:
                 raise
             raise Conflict(f"{path} was changed by another process") from None
 
@@ -270,42 +269,3 @@ def delete_tree(path: str) -> None:
         failed = _on_client(path, lambda client, w=wanted: client.delete_objects(Bucket=bucket, Delete=w)).get("Errors")
         if failed:
             raise StorageError(errno.EIO, f"could not delete {failed[0]}", path)
-
-
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Turn the client libraries' exceptions into ours, which name `path`."""
-    try:
-        yield
-    except Exception as e:
-        if (ours := _translated(path, e)) is None:
-            raise
-        raise ours from e
-
-
-def _translated(path: str, error: Exception) -> Exception | None:
-    where = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-    if isinstance(error, OSError) and isinstance(error.__cause__, boto.ClientError):
-        error = error.__cause__  # s3fs has translated it, without the path
-    if isinstance(error, boto.ClientError):
-        code = _code(error)
-        if code in _REFUSED:
-            wrong = "AWS_SESSION_TOKEN" if "Token" in code else "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            return PermissionError(errno.EACCES, f"refused by {where} ({code}): check {wrong}", path)
-        if code in ("NoSuchBucket", "NoSuchKey", "404"):
-            what = f"no bucket {_address(path)['Bucket']} at {where}" if code == "NoSuchBucket" else "no such object"
-            return FileNotFoundError(errno.ENOENT, what, path)
-        hint = " (is AWS_REGION the bucket's?)" if code in _ELSEWHERE else ""
-        busy = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in _BUSY
-        return StorageError(errno.EAGAIN if busy else errno.EIO, f"{where} answered {code}{hint}: {error}", path)
-    if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError):
-        missing = f"no credentials for {where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        return PermissionError(errno.EACCES, missing, path)
-    if isinstance(error, boto.ParamValidationError):
-        return ValueError(f"{path}: {error}")
-    if isinstance(error, (boto.BotoCoreError, *_UNANSWERED)):
-        again = isinstance(error, _UNANSWERED)
-        return StorageError(errno.EAGAIN if again else errno.EIO, f"{where} does not answer: {error}", path)
-    if _google(path) and not isinstance(error, OSError | ValueError):
-        return StorageError(errno.EIO, f"{type(error).__name__}: {error}", path)
-    return None
