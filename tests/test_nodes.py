@@ -16,13 +16,15 @@ from pipeline.training.run import start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 # A cluster of a head without places and of nodes with one each; a run on it; and what happens to its nodes, one after
-# the other, once the run has taken some steps at its size: kill (SIGKILL), drain (with a minute's notice), add.
+# the other, once the run has taken some steps at its size: kill (SIGKILL), drain (with a minute's notice), add, notice
+# (two minutes' by the metadata server of the node's VM, which a watcher of its own asks).
 SCENE = """
 import json, os, subprocess, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from ray._private.state import state
 import runs
+from metadata_server import MetadataServer
 from pipeline.training import fit
 from pipeline.training.resources import Resources
 from pipeline.training.run import start
@@ -65,6 +67,17 @@ for event in events:
         nodes.remove(busy)
         if event == "kill":
             cluster.remove_node(busy, allow_graceful=False)
+        elif event == "notice":
+            server = MetadataServer("ec2").__enter__()
+            command = [sys.executable, "-m", "cluster.preemption", "--metadata", server.url, "--address"]
+            watcher = subprocess.Popen([*command, cluster.address, "--node-id", busy.node_id], stderr=subprocess.PIPE)
+            while not server.seen:
+                time.sleep(0.05)
+            at, last = time.time(), rows[-1]["step"]
+            server.notice()
+            _, said = watcher.communicate(timeout=60)
+            assert watcher.returncode == 0, said
+            server.__exit__()
         else:
             command = [os.path.join(os.path.dirname(sys.executable), "ray"), "drain-node"]
             command += ["--address", cluster.address, "--node-id", busy.node_id, "--deadline-remaining-seconds", "60"]
@@ -77,8 +90,9 @@ for event in events:
     while not any("restart" in row or "saved" in row for row in told[known:]):
         assert thread.is_alive(), told
         time.sleep(0.05)
+    saved = next((row["at"] - at for row in told[known:] if "saved" in row), None)
     first = wait(size, int(steps))
-    log.append({"event": event, "step": last, "seconds": first["at"] - at})
+    log.append({"event": event, "step": last, "saved": saved, "seconds": first["at"] - at})
 thread.join(300)
 print(json.dumps({"result": result, "told": told, "log": log}), flush=True)
 ray.shutdown()
@@ -130,3 +144,14 @@ def test_four_preemptions_with_notice_waste_nothing(digits, tmp_path):
     without = sum(event["step"] % 400 for event in found["log"])
     assert found["result"]["ledger"]["wasted_samples"] / 64 <= without / 10
     assert found["result"]["ledger"]["wasted_samples"] == 0
+
+
+def test_a_notice_by_the_metadata_server_of_the_vm_wastes_nothing(digits, tmp_path):
+    config = {"epochs": 600 * 64 / runs.SAMPLES, "checkpoint_every": 1 << 40, "validate_every": 1 << 40}
+    path = str(tmp_path / "run")
+    found = scene(path, digits, config, "1", 100, ["notice", "notice"])
+    print(found["log"])
+    assert [row["step"] for row in runs.numbers(path)] == list(range(1, 601))
+    assert [row["saved"] > 100 * 64 for row in found["told"] if "saved" in row] == [True, True]
+    assert found["result"]["ledger"]["wasted_samples"] == 0
+    assert all(0 < event["saved"] < 120 for event in found["log"])  # before EC2 takes the machine

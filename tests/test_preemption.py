@@ -1,0 +1,122 @@
+"""A notice of the cloud reaches Ray, whatever the metadata server answers before. With real nodes: test_nodes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from metadata_server import MetadataServer
+from ray_head import ROOT
+from s3_server import wait_for
+
+from cluster import preemption
+from cluster.preemption import Ec2, Gce, find_cloud, watch
+
+CLOUDS = {"ec2": Ec2, "gce": Gce}
+
+
+@pytest.fixture(params=CLOUDS)
+def server(request):
+    with MetadataServer(request.param) as server:
+        yield server
+
+
+def cloud(server):
+    return CLOUDS[server.cloud](server.url)
+
+
+def test_without_a_notice_there_is_none_and_one_has_its_deadline(server):
+    one = cloud(server)
+    assert one.look() is None
+    server.notice(100)
+    found = one.look()
+    seconds = found.deadline - time.time()
+    assert (95 < seconds <= 100) if server.cloud == "ec2" else (25 < seconds <= 30)
+    assert "preempts" in found.why or "will terminate" in found.why
+    later = one.look()
+    assert later.deadline == pytest.approx(found.deadline, abs=1.5)  # asking again gives no more time
+
+
+def test_of_both_clouds_the_one_that_answers_is_found(server):
+    found = find_cloud([Gce(server.url), Ec2(server.url)], 5)
+    assert type(found) is CLOUDS[server.cloud]
+
+
+def test_maintenance_that_ends_a_vm_is_a_notice():
+    with MetadataServer("gce") as server:
+        server.maintenance = "MIGRATE_ON_HOST_MAINTENANCE"
+        assert cloud(server).look() is None
+        server.maintenance = "TERMINATE_ON_HOST_MAINTENANCE"
+        assert "maintenance" in cloud(server).look().why
+
+
+def test_a_token_that_ended_before_its_time_is_asked_for_anew():
+    with MetadataServer("ec2") as server:
+        one = cloud(server)
+        assert one.look() is None
+        server.tokens.clear()
+        server.notice()
+        assert one.look()
+
+
+@pytest.mark.parametrize("told", [b'{"action": "terminate"}', b'{"action": "terminate", "time": "soon"}'])
+def test_a_notice_that_does_not_say_when_is_one_nevertheless(told):
+    with MetadataServer("ec2") as server:
+        server.body = told
+        found = cloud(server).look()
+        assert 100 < found.deadline - time.time() <= 120
+
+
+def test_no_bad_answer_ends_the_watch_and_the_drain_is_repeated_until_ray_takes_it(server, capfd):
+    garbage = [b"<html>", b"{}", b"[]", b"\xff\xfe", b'{"action": "dance"}']
+    server.faults = [500, 503, "hang up", *garbage, 404, 429]
+    drained, one = [], cloud(server)
+
+    def look():
+        if not server.faults:
+            server.notice()
+        return one.look()
+
+    def drain(notice) -> None:
+        drained.append(notice)
+        if len(drained) < 3:
+            raise RuntimeError("the head does not answer")
+
+    watch(look, drain, 0.01)
+    assert len(drained) == 3
+    said = capfd.readouterr().err
+    assert "Ray has not been told: the head does not answer" in said
+    assert said.count("the head does not answer") == 1  # once, however often it was tried
+
+
+def test_where_no_cloud_answers_it_says_so_and_a_signal_ends_it():
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def watcher(*words: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "cluster.preemption", *words]
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+    with watcher("--metadata", "http://127.0.0.1:9") as nowhere:
+        _, said = nowhere.communicate(timeout=60)
+    assert nowhere.returncode == 2
+    assert "neither EC2 nor GCE answers" in said
+    with MetadataServer("ec2") as server, watcher("--metadata", server.url) as watching:
+        wait_for(lambda: any("instance-action" in path for path in server.seen), 60, "look")
+        watching.send_signal(signal.SIGTERM)
+        _, said = watching.communicate(timeout=30)
+    assert watching.returncode == 143
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--now"], ["--deadline", "5"], ["--node-id", "x"], ["--metadata", "ftp://a"], ["--interval", "0"],
+     ["--address", "http://a:1"]],
+)  # fmt: skip
+def test_a_wrong_command_line_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as refused:
+        preemption.parse(words)
+    assert refused.value.code == 2
+    assert "error:" in capsys.readouterr().err
