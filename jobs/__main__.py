@@ -16,7 +16,7 @@ VERBS = {
     "demo": "all of it on scikit-learn's digits, with a report page",
     "submit": "run any verb on a Ray cluster, and end as it ends",
     "job": "status, logs, stop, wait, list of what was submitted",
-    "cluster": "lint the files that describe a cluster",
+    "cluster": "what a cluster file would make and cost (plan), and what is wrong with it (lint)",
     "bench": "measure sharding, loading and training against the bare machine",
 }
 

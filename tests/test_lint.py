@@ -1,6 +1,8 @@
 """Each trap in a cluster file is named, and nothing is found in a file that has none."""
 
+import contextlib
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -13,191 +15,6 @@ from cluster.lint import lint
 
 ROOT = Path(__file__).parents[1]
 OURS = [ROOT / "cluster/aws.yaml", ROOT / "cluster/gcp.yaml", *sorted((ROOT / "cluster/kuberay").glob("*.yaml"))]
-AWS = {
-    "cluster_name": "a",
-    "max_workers": 4,
-    "idle_timeout_minutes": 5,
-    "provider": {
-        "type": "aws",
-        "region": "us-west-2",
-        "cache_stopped_nodes": False,
-    },
-    "auth": {"ssh_user": "ubuntu"},
-    "docker": {
-        "image": "registry.example/m:1.0-ray2.60.0",
-        "container_name": "ray",
-        "run_options": ["--env RAY_AUTH_MODE=token", "--env RAY_JOB_STOP_WAIT_TIME_S=120"],
-    },
-    "head_node_type": "head",
-    "available_node_types": {
-        name: {
-            "resources": {"CPU": 0} if name == "head" else {},
-            "priority": priority,
-            "node_config": {
-                "InstanceType": "g6.xlarge",
-                "ImageId": "ami-0123456789abcdef0",
-                "SecurityGroupIds": ["sg-0123456789abcdef0"],
-                "IamInstanceProfile": {"Name": "millstream"},
-                "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2},
-                "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 100, "Encrypted": True}}],
-            }
-            | ({"InstanceMarketOptions": {"MarketType": "spot"}} if name == "spot" else {}),
-        }
-        for name, priority in (("head", 0), ("spot", 10), ("demand", 1))
-    },
-    "file_mounts": {"~/.ray/auth_token": "~/.ray/auth_token"},
-    "setup_commands": [],
-    "head_start_ray_commands": ["ray start --head --dashboard-host=127.0.0.1"],
-    "worker_start_ray_commands": ["ray start --address=$RAY_HEAD_IP:6379", "python -m cluster.preemption &"],
-}
-GCP = copy.deepcopy(AWS) | {
-    "provider": {"type": "gcp", "region": "us-west1", "availability_zone": "us-west1-a", "project_id": "p"}
-}  # fmt: skip
-for _name, _node in GCP["available_node_types"].items():
-    _spot = {"provisioningModel": "SPOT"} if _name == "spot" else {}
-    _node["resources"] = _node["resources"] or {"CPU": 4, "GPU": 1}
-    _node["node_config"] = {
-        "machineType": "g2-standard-4", "serviceAccounts": [{"email": "m@p.iam.gserviceaccount.com"}],
-        "scheduling": {"onHostMaintenance": "TERMINATE"} | _spot,
-    }  # fmt: skip
-POD = {"containers": [{"name": "ray", "image": "registry.example/m:1.0-ray2.60.0"}]}
-HOOK = {"preStop": {"exec": {"command": ["python", "-m", "cluster.preemption", "--now", "--deadline", "60"]}}}
-CLUSTER = {
-    "rayVersion": "2.60.0",
-    "authOptions": {"mode": "token", "secretName": "ray-auth"},
-    "enableInTreeAutoscaling": True,
-    "headGroupSpec": {
-        "rayStartParams": {"num-cpus": "0"},
-        "template": {"spec": copy.deepcopy(POD)},
-    },
-    "workerGroupSpecs": [
-        {
-            "groupName": "gpu",
-            "minReplicas": 0,
-            "maxReplicas": 4,
-            "rayStartParams": {},
-            "template": {"spec": copy.deepcopy(POD) | {"terminationGracePeriodSeconds": 90}},
-        }
-    ],
-}
-CLUSTER["headGroupSpec"]["template"]["spec"]["containers"][0]["env"] = [
-    {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"}
-]
-CLUSTER["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["lifecycle"] = HOOK
-BUDGET = {
-    "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": {"name": "b"},
-    "spec": {"minAvailable": 1, "selector": {"matchLabels": {"a": "b"}}},
-}  # fmt: skip
-RAYCLUSTER = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"name": "c"}, "spec": CLUSTER}
-RAYJOB = {
-    "apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "j"},
-    "spec": {"entrypoint": "true", "shutdownAfterJobFinishes": True, "rayClusterSpec": copy.deepcopy(CLUSTER)},
-}  # fmt: skip
-RAYCRON = {
-    "apiVersion": "ray.io/v1", "kind": "RayCronJob", "metadata": {"name": "n"},
-    "spec": {"schedule": "30 2 * * *", "timeZone": "Europe/Berlin", "jobTemplate": copy.deepcopy(RAYJOB["spec"])},
-}  # fmt: skip
-CRON = {
-    "apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "n"},
-    "spec": {
-        "schedule": "30 2 * * *", "timeZone": "Europe/Berlin", "concurrencyPolicy": "Forbid",
-        "startingDeadlineSeconds": 600,
-        "jobTemplate": {"spec": {"template": {"spec": copy.deepcopy(POD) | {"restartPolicy": "Never"}}}},
-    },
-}  # fmt: skip
-GOOD = {"aws": AWS, "gcp": GCP, "cluster": RAYCLUSTER, "job": RAYJOB, "raycron": RAYCRON, "cron": CRON}
-GONE = object()
-HEAD = "spec.headGroupSpec.template.spec"
-GROUP = "spec.workerGroupSpecs.0"
-# (good document, dotted path, new value, the one trap it makes)
-TRAPS = [
-    ("aws", "setup_commands", GONE, "nightly-wheel"),
-    ("aws", "head_start_ray_commands", GONE, "open-dashboard"),
-    ("aws", "head_start_ray_commands", ["ray start --head --dashboard-host 0.0.0.0"], "open-dashboard"),
-    ("aws", "available_node_types.head.node_config.SecurityGroupIds", GONE, "open-ssh"),
-    ("aws", "provider.security_group.IpPermissions", [{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}], "open-ssh"),
-    ("aws", "provider.security_group.IpPermissions", [{"Ipv6Ranges": [{"CidrIpv6": "::/0"}]}], "open-ssh"),
-    ("aws", "available_node_types.head.node_config.IamInstanceProfile", GONE, "full-access-role"),
-    ("aws", "available_node_types.spot.node_config.IamInstanceProfile", {"Name": "AmazonEC2FullAccess"},
-     "full-access-role"),
-    ("aws", "available_node_types.spot.node_config.MetadataOptions", GONE, "imds-v1"),
-    ("aws", "available_node_types.spot.node_config.MetadataOptions.HttpPutResponseHopLimit", 1, "imds-hops"),
-    ("aws", "available_node_types.head.node_config.BlockDeviceMappings.0.Ebs.Encrypted", False, "plain-disk"),
-    ("aws", "available_node_types.head.node_config.BlockDeviceMappings", GONE, "plain-disk"),
-    ("aws", "available_node_types.head.node_config.InstanceMarketOptions", {"MarketType": "spot"}, "spot-head"),
-    ("aws", "available_node_types.demand.priority", 10, "no-fallback"),
-    ("aws", "available_node_types.spot.min_workers", 1, "never-zero"),
-    ("aws", "available_node_types.head.resources", {}, "work-on-head"),
-    ("aws", "docker.run_options", ["--env RAY_AUTH_MODE=token"], "missing-grace"),
-    ("aws", "docker.run_options.1", "--env RAY_JOB_STOP_WAIT_TIME_S=3", "missing-grace"),
-    ("aws", "docker.run_options.0", "--init", "no-token"),
-    ("aws", "docker.run_options.0", "--env RAY_AUTH_MODE=token --env A=AKIAIOSFODNN7EXAMPLE", "secret"),
-    ("aws", "file_mounts", {}, "no-token"),
-    ("aws", "worker_start_ray_commands", ["ray start"], "no-preemption-watcher"),
-    ("aws", "docker.image", "rayproject/ray:latest", "floating-image"),
-    ("aws", "docker.image", "rayproject/ray", "floating-image"),
-    ("aws", "docker.image", "rayproject/ray:2.9.0-py311", "ray-version"),
-    ("aws", "provider.cache_stopped_nodes", GONE, "paid-disks"),
-    ("aws", "idle_timeout_minutes", 600, "idle-timeout"),
-    ("aws", "max_wrokers", 4, "schema"),
-    ("gcp", "available_node_types.demand.node_config.serviceAccounts.0.email", "1-compute@developer.google.com",
-     "full-access-role"),
-    ("aws", "available_node_types.demand.node_confg", {}, "schema"),
-    ("gcp", "available_node_types.demand.node_config.scheduling", {}, "gpu-migration"),
-    ("gcp", "available_node_types.demand.resources", {}, "no-resources"),
-    ("gcp", "available_node_types.demand.node_config.serviceAccounts", GONE, "full-access-role"),
-    ("gcp", "provider.cache_stopped_nodes", True, "paid-disks"),
-    ("gcp", "worker_start_ray_commands", ["ray start"], "no-preemption-watcher"),
-    ("cluster", "spec.authOptions", GONE, "no-token"),
-    ("cluster", "spec.headGroupSpec.serviceType", "LoadBalancer", "open-dashboard"),
-    ("cluster", "spec.headGroupSpec.rayStartParams", {}, "work-on-head"),
-    ("cluster", "spec.enableInTreeAutoscaling", False, "never-zero"),
-    ("cluster", "spec.rayVersion", "2.9.0", "ray-version"),
-    ("cluster", "spec.enableInTreeAutoscalin", True, "schema"),
-    ("cluster", "spec.headGroupSpec.template", GONE, "schema"),
-    ("cluster", f"{HEAD}.containers.0.env", GONE, "missing-grace"),
-    ("cluster", f"{HEAD}.hostNetwork", True, "host-network"),
-    ("cluster", f"{HEAD}.containers.0.securityContext", {"privileged": True}, "privileged"),
-    ("cluster", f"{HEAD}.containers.0.imagee", "x", "schema"),
-    ("cluster", f"{HEAD}.containers.0.env.1", {"name": "WANDB_API_KEY", "value": "abc"}, "secret"),
-    ("cluster", f"{HEAD}.containers.0.image", "registry.example/m", "floating-image"),
-    ("cluster", f"{GROUP}.template.spec.terminationGracePeriodSeconds", GONE, "missing-grace"),
-    ("cluster", f"{GROUP}.template.spec.terminationGracePeriodSeconds", 30, "missing-grace"),
-    ("cluster", f"{GROUP}.template.spec.containers.0.lifecycle", GONE, "no-drain"),
-    ("cluster", f"{GROUP}.minReplicas", 2, "never-zero"),
-    ("cluster", f"{GROUP}.minReplicaz", 0, "schema"),
-    ("cluster", "metadata.name", "x" * 54, "long-name"),
-    ("cluster", "apiVersion", "ray.io/v1alpha1", "schema"),
-    ("job", "metadata.name", "x" * 48, "long-name"),
-    ("job", "spec.clusterSelector", {"a": "b"}, "schema"),
-    ("job", "spec.shutdownAfterJobFinishes", GONE, "never-zero"),
-    ("job", "spec.deletionStrategy", {"deletionRules": [{}]}, "schema"),
-    ("job", "spec.runtimeEnvYAML", "env_vars: {HF_TOKEN: abc}", "secret"),
-    ("job", "spec.runtimeEnvYAML", "a: [", "schema"),
-    ("raycron", "spec.concurrencyPolicy", "Forbid", "schema"),
-    ("raycron", "spec.schedule", "TZ=UTC 0 2 * * *", "no-time-zone"),
-    ("raycron", "metadata.name", "x" * 37, "long-name"),
-    ("cron", "spec.concurrencyPolicy", GONE, "overlap"),
-    ("cron", "spec.startingDeadlineSeconds", GONE, "missed-ticks"),
-    ("cron", "spec.timeZone", GONE, "no-time-zone"),
-    ("cron", "spec.jobTemplate.spec.template.spec.containers.0.image", "m:latest", "floating-image"),
-    ("cron", "spec.jobTemplat", {}, "schema"),
-]  # fmt: skip
-
-
-def changed(document: dict, path: str, value) -> dict:
-    out = copy.deepcopy(document)
-    *way, last = path.split(".")
-    node = out
-    for step in way:
-        node = node[int(step)] if isinstance(node, list) else node.setdefault(step, {})
-    if isinstance(node, list):
-        node[int(last) : int(last) + 1] = [value]
-    elif value is GONE:
-        del node[last]
-    else:
-        node[last] = value
-    return out
 
 
 def written(tmp_path, *documents: dict) -> list[str]:
@@ -219,90 +36,175 @@ def test_a_good_file_has_none(tmp_path, name):
 def test_each_trap_is_named_and_nothing_else(tmp_path, name, path, value, trap):
     broken = changed(GOOD[name], path, value)
     found = lint(written(tmp_path, broken, *([BUDGET] if name in ("cluster", "job") else [])))
-    assert {finding.trap for finding in found} == {trap}, [str(finding) for finding in found]
+    assert {finding.trap for finding in found} == ({trap} if trap else set()), [str(finding) for finding in found]
     assert all("\n" not in str(finding) for finding in found)
 
 
-def test_roles_services_and_missing_budgets(tmp_path):
-    kind = {"apiVersion": "rbac.authorization.k8s.io/v1", "metadata": {"name": "r"}}
-    everything = kind | {"kind": "ClusterRole", "rules": [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]}
-    admin = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
-    bound = kind | {"kind": "ClusterRoleBinding", "roleRef": admin}
-    door = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}}
-    door["spec"] = {"type": "LoadBalancer", "ports": [{"port": 8265}]}
-    for document, trap in (
-        (everything, "full-access-role"), (bound, "full-access-role"), (door, "open-dashboard"),
-        (RAYCLUSTER, "no-disruption-budget"), ({"apiVersion": "v1", "kind": "Pood"}, "schema"),
-    ):  # fmt: skip
-        assert [finding.trap for finding in lint(written(tmp_path, document))] == [trap]
+ROLE = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": {"name": "r"}}
+ADMIN = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
+BARE_POD = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": POD | {"hostNetwork": True}}
 
 
-def test_crds_close_what_the_built_in_rules_leave_open(tmp_path):
-    size = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
-    free = {"type": "object", "x-kubernetes-preserve-unknown-fields": True, "properties": {"a": {"type": "string"}}}
-    inside = {"type": "object", "properties": {"size": size, "count": {"type": "integer", "minimum": 1}}}
-    spec = {
-        "type": "object",
-        "properties": {"headGroupSpec": inside, "rayVersion": free},
-        "required": ["headGroupSpec"],
-    }
-    schema = {"type": "object", "properties": {"apiVersion": {"type": "string"}, "kind": {"type": "string"},
-                                               "metadata": {"type": "object"}, "spec": spec}}  # fmt: skip
-    versions = [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]
-    crd = {"kind": "CustomResourceDefinition", "apiVersion": "apiextensions.k8s.io/v1",
-           "spec": {"group": "ray.io", "names": {"kind": "RayCluster"}, "versions": versions}}  # fmt: skip
-    (tmp_path / "crds").mkdir()
-    (tmp_path / "crds/c.yaml").write_text(yaml.safe_dump(crd))
+def rules(*groups: str, resources: str = "*", verbs: str = "get") -> dict:
+    return ROLE | {"rules": [{"apiGroups": list(groups), "resources": [resources], "verbs": [verbs]}]}
 
-    def wrong(spec: dict) -> list[str]:
-        from cluster.lint.crds import errors
 
-        document = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"x": 1}, "spec": spec}
-        return [where for where, _ in errors(document, str(tmp_path / "crds"))]
-
-    assert (
-        wrong({"headGroupSpec": {"size": 1}}) == wrong({"headGroupSpec": {"size": "1Gi"}, "rayVersion": {"b": 1}}) == []
-    )
-    assert wrong({"headGroupSpec": {"count": 0}}) == ["spec.headGroupSpec.count"]
-    assert wrong({"headGroupSpec": {"cuont": 1}}) == ["spec.headGroupSpec"]
-    assert wrong({}) == ["spec"]
-    assert wrong({"headGroupSpec": {}, "rayVersion": {"a": 1}}) == ["spec.rayVersion.a"]
-    with pytest.raises(ValueError, match="no CRD for RayJob"):
-        lint(written(tmp_path, RAYJOB), str(tmp_path / "crds"))
+def service(**spec) -> dict:
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s"}, "spec": {"type": "LoadBalancer"} | spec}
 
 
 @pytest.mark.parametrize(
+    ("document", "traps"),
+    [
+        (rules("*", verbs="*"), ["full-access-role"]), (rules(""), ["full-access-role"]), (rules("ray.io"), []),
+        (rules("", resources="pods", verbs="*"), []),
+        (ROLE | {"kind": "ClusterRoleBinding", "roleRef": ADMIN}, ["full-access-role"]),
+        (service(ports=[{"port": 8265}]), ["open-dashboard"]),
+        (service(ports=[{"port": 80, "targetPort": "dashboard"}]), ["open-dashboard"]),
+        (service(ports=[{"port": 80}], selector={"ray.io/node-type": "head"}), ["open-dashboard"]),
+        (service(ports=[{"port": 80}]), []), (service(ports=[{"port": 8265}], type="ClusterIP"), []),
+        (RAYCLUSTER, ["no-disruption-budget"]), (BARE_POD, ["host-network"]),
+        ({"apiVersion": "v1", "kind": "List", "items": [BARE_POD, CRON]}, ["host-network"]),
+        ({"apiVersion": "v1", "kind": "Pood"}, ["schema"]), ({"apiVersion": "v1", "kind": "pod"}, ["schema"]),
+        ({"apiVersion": "v1", "kind": "../../x"}, ["schema"]),
+        ({"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "ClusterQueue"}, ["unchecked"]),
+    ],
+)  # fmt: skip
+def test_the_traps_of_kubernetes_own_kinds(tmp_path, document, traps):
+    assert [finding.trap for finding in lint(written(tmp_path, document))] == traps
+
+
+def test_secrets_are_found_wherever_they_are_and_others_are_left_alone(tmp_path):
+    many = changed(AWS, "metadata", {"notes": [f"line {at}" for at in range(3000)]})
+    many["metadata"]["notes"][1234] = "AKIAIOSFODNN7EXAMPLE"
+    found = lint(written(tmp_path, many))
+    assert [(finding.trap, finding.where) for finding in found] == [("secret", "metadata.notes.1234")]
+    assert "AKIA" not in str(found[0])
+
+
+def crd(**fields) -> dict:
+    """A CustomResourceDefinition of RayCluster whose spec has these fields."""
+    spec = {"type": "object", "properties": fields, "required": ["head"]}
+    schema = {"type": "object", "properties": {"spec": spec, "metadata": {"type": "object", "properties": {}}}}
+    versions = [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]
+    return {"kind": "CustomResourceDefinition", "apiVersion": "apiextensions.k8s.io/v1",
+            "spec": {"group": "ray.io", "names": {"kind": "RayCluster"}, "versions": versions}}  # fmt: skip
+
+
+@pytest.fixture
+def crds(tmp_path) -> str:
+    size = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+    free = {"type": "object", "x-kubernetes-preserve-unknown-fields": True, "properties": {"a": {"type": "string"}}}
+    head = {"size": size, "count": {"type": "integer", "minimum": 1}, "above": {"type": "number", "minimum": 0,
+            "exclusiveMinimum": True}, "none": {"type": "string", "nullable": True}, "description": {"type": "string"},
+            "each": {"type": "array", "items": {"type": "object", "properties": {"x": {"type": "string"}}}},
+            "map": {"type": "object", "additionalProperties": {"type": "string"}}}  # fmt: skip
+    definition = crd(head={"type": "object", "properties": head, "description": "of the head"}, free=free)
+    (tmp_path / "crds").mkdir()
+    (tmp_path / "crds/c.yaml").write_text(yaml.safe_dump(definition))
+    return str(tmp_path / "crds")
+
+
+@pytest.mark.parametrize(
+    ("spec", "where"),
+    [
+        ({"head": {"size": 1}}, []), ({"head": {"size": "1Gi", "none": None, "above": 0.1}, "free": {"b": 1}}, []),
+        ({"head": {"description": "d", "each": [{"x": "y"}], "map": {"any": "z"}}}, []),
+        ({"head": {"size": 1.5}}, ["spec.head.size"]), ({"head": {"count": 0}}, ["spec.head.count"]),
+        ({"head": {"above": 0}}, ["spec.head.above"]), ({"head": {"cuont": 1}}, ["spec.head"]), ({}, ["spec"]),
+        ({"head": {"each": [{"y": 1}]}}, ["spec.head.each.0"]), ({"head": {"map": {"any": 1}}}, ["spec.head.map.any"]),
+        ({"head": {}, "free": {"a": 1}}, ["spec.free.a"]), ({"head": None}, ["spec.head"]),
+    ],
+)  # fmt: skip
+def test_crds_refuse_unknown_fields_and_honour_what_they_leave_open(crds, spec, where):
+    from cluster.lint.crds import errors
+
+    document = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {"x": 1}, "spec": spec}
+    assert [place for place, _ in errors(document, crds)] == where
+
+
+def test_lint_holds_kuberays_kinds_against_the_crds_it_is_given(tmp_path, crds):
+    found = lint(written(tmp_path, RAYCLUSTER, BUDGET), crds)
+    assert {(finding.trap, finding.where) for finding in found} == {("schema", "RayCluster c spec")}
+    with pytest.raises(ValueError, match="no CRD for RayJob"):
+        lint(written(tmp_path, RAYJOB), crds)
+    with pytest.raises(ValueError, match="no such folder"):
+        lint(written(tmp_path, RAYJOB), crds + "/none")
+    (tmp_path / "crds/d.yaml").write_text("kind: CustomResourceDefinition\n")
+    with pytest.raises(ValueError, match=r"d\.yaml: no CRD that can be read"):
+        lint(written(tmp_path, RAYJOB), crds + "/")
+
+
+LAUGHS = b"cluster_name: a\na0: &a0 [lol, lol]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (level, level, b", ".join([b"*a%d" % (level - 1)] * 9)) for level in range(1, 12)
+)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "empty"), (b"a: [", "no YAML"), (b"- a\n- b\n", "neither"), (b"\x00\xff\xfe", "no "),
-        (b"hello", "neither"),
-        (b"a: &a [1]\n" + b"b: [" + b"*a, " * 300 + b"]\n", "aliases"), (b"x" * (3 << 20), "too large"),
-        (b"kind: RayJob\n", "neither"), (b"[" * 5000, "n"),
+        (b"", "empty"), (b"---\n---\n", "empty"), (b"a: [", "no YAML"), (b"- a\n- b\n", "neither"),
+        (b"\x00\xff\xfe", "no text"), (b"\x00" * 9, "no YAML"), (b"hello", "neither"), (b"kind: RayJob\n", "neither"),
+        (b"x" * (5 << 20), "too large"), (LAUGHS, "aliases repeat"),
+        (b"cluster_name: &a {b: *a}\n", r"line 1: \*a is inside"), (b"cluster_name: *a\n", "undefined alias"),
+        (b"cluster_name: " + b"[" * 900_000, "deep"), (b"cluster_name:\n " + b"- " * 500_000, "deep"),
+        (b"{a: " * 200_000, "deep"),
+        (b"cluster_name: a\nmax_workers: 1\nmax_workers: 2\n", "line 3: 'max_workers' is given twice"),
+        (b"cluster_name: 2026-13-45\n", "month"), (b"cluster_name: !!bool x\n", "no YAML"),
+        (b"cluster_name: !!int ''\n", "no YAML"), (b"cluster_name: " + b"9" * 6000, "no YAML"),
+        (b"Resources: !Sub x\n", "!Sub"), (b"cluster_name: !!python/object/apply:os.getcwd []\n", "python"),
     ],
+    ids=lambda value: value if isinstance(value, str) else repr(value[:20]),
 )  # fmt: skip
 def test_what_is_no_cluster_file_is_refused_in_a_line(tmp_path, content, said):
     (tmp_path / "f.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=said) as refused:
         lint([str(tmp_path / "f.yaml")])
+    assert str(refused.value).startswith(str(tmp_path / "f.yaml"))
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 600
+
+
+def test_no_file_a_folder_and_an_endless_one(tmp_path):
     with pytest.raises(IsADirectoryError):
         lint([str(tmp_path)])
     with pytest.raises(FileNotFoundError):
         lint([str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="too large"):
+        lint(["/dev/zero"])
 
 
-@pytest.mark.parametrize("value", [None, 3, "x", [], [1], {}, {"a": None}])
-def test_any_value_anywhere_is_a_finding_and_never_a_traceback(tmp_path, value):
-    for name, keys in (
-        ("aws", AWS),
-        ("gcp", GCP),
-        ("cluster", CLUSTER),
-        ("job", RAYJOB["spec"]),
-        ("cron", CRON["spec"]),
-    ):
-        for key in keys:
-            place = key if name in ("aws", "gcp") else f"spec.{key}"
-            if place not in ("cluster_name", "provider"):
-                lint(written(tmp_path, changed(GOOD[name], place, value)))
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cluster_name: a\na:\n" + b"- abc\n" * 100_000,
+        b"cluster_name: '" + b"a=b://:@" * 100_000 + b"'\n",
+        b"cluster_name: '" + b"--dashboard-host export A= " * 30_000 + b"'\n",
+        b"apiVersion: v1\nkind: Pod\nspec:\n containers:\n - env:\n" + b"   - {name: A, value: b}\n" * 10_000,
+    ],
+    ids=lambda value: repr(value[-20:]),
+)
+def test_large_files_are_judged_in_seconds(tmp_path, content):
+    (tmp_path / "f.yaml").write_bytes(content)
+    assert lint([str(tmp_path / "f.yaml")])
+
+
+def paths(node, way: tuple = ()):
+    for key, inside in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield ".".join(map(str, (*way, key)))
+        yield from paths(inside, (*way, key))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_any_value_anywhere_is_a_finding_or_a_refusal_and_never_a_traceback(tmp_path, name):
+    values = itertools.cycle([None, 3, -1.5, "x", "²", [], [1], [None], {}, {"a": None}, {1: 2}, [[]], "a: [", True])
+    places = [path for path in paths(GOOD[name]) if not path.startswith("file_mounts.")]  # its keys have dots
+    for place in places[:: 1 if name in ("aws", "gcp") else 3]:
+        file = written(tmp_path, changed(GOOD[name], place, next(values)))
+        with contextlib.suppress(ValueError):  # as for a cluster file no more
+            lint(file)
 
 
 def test_the_verb_names_the_trap_and_ends_with_1(tmp_path):

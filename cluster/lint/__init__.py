@@ -4,16 +4,11 @@ Files of `ray up` are held against Ray's own schema, Kubernetes' kinds against i
 KubeRay's against built-in rules, or against its CRDs where a folder of them is given; and all against known traps.
 """
 
-from pathlib import Path
-
-import yaml
-
 from cluster.lint import kuberay, kubernetes, ray_up
 from cluster.lint.finding import Finding
+from cluster.lint.reading import documents
 
 __all__ = ["Finding", "documents", "lint"]
-_MOST_BYTES = 2 << 20
-_MOST_ALIASES = 200  # a few lines of nested aliases are gigabytes when walked
 
 
 def lint(paths: list[str], crds: str | None = None) -> list[Finding]:
@@ -32,30 +27,3 @@ def lint(paths: list[str], crds: str | None = None) -> list[Finding]:
         else:
             found += kubernetes.findings(path, document)
     return found + kuberay.together(everything)
-
-
-def documents(path: str) -> list[dict]:
-    """The YAML documents of a cluster file. Raises as `lint` does."""
-    data = Path(path).read_bytes()
-    if len(data) > _MOST_BYTES:
-        raise ValueError(f"{path}: {len(data) >> 20} MB are too large for a cluster file")
-    try:
-        text = data.decode()
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)) > _MOST_ALIASES:
-            raise ValueError(f"{path}: more than {_MOST_ALIASES} aliases")
-        found = [document for document in yaml.load_all(text, yaml.CSafeLoader) if document is not None]
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: no text") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    if not found:
-        raise ValueError(f"{path}: empty")
-    for document in found:
-        cluster = isinstance(document, dict) and ({"cluster_name", "provider"} & document.keys())
-        if not (cluster or (isinstance(document, dict) and {"apiVersion", "kind"} <= document.keys())):
-            raise ValueError(
-                f"{path}: neither a `ray up` file (cluster_name, provider) nor Kubernetes' (apiVersion, kind)"
-            )
-    return found

@@ -1,11 +1,15 @@
 """What a lint says, and what all kinds of files share."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from cluster import exposure
+
+_PIECE, _OVERLAP = 4000, 1000  # characters: on long lines the patterns for secrets take time by the square
+_MOST_SECRETS = 20  # of a file: who has more knows what to do after these
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,20 @@ def items(node) -> list:
     return node if isinstance(node, list) else []
 
 
+def number(node) -> float:
+    """`node` if it is a number, else 0."""
+    return node if isinstance(node, int | float) and not isinstance(node, bool) else 0
+
+
+def seconds(text) -> int | None:
+    """Whole seconds, as environment variables hold them; None if it is no such number."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", str(text)) else None
+
+
 def image_trouble(image: str) -> tuple[str, str] | None:
     """(trap, message) for an image that is another one tomorrow, or of another Ray than ours."""
     tag = image.rpartition("/")[2].partition("@")[0].partition(":")[2]
-    if "@sha256:" not in image and (not tag or re.search(r"latest|nightly|master|dev", tag)):
+    if "@sha256:" not in image and (not tag or re.search(r"\b(latest|nightly|master|main|dev)\b", tag)):
         return "floating-image", f"{image!r} is another image tomorrow: give a version, or a digest"
     named = re.search(r"ray-?v?(\d+\.\d+\.\d+)", tag)
     if image.rpartition("/")[2].startswith("ray"):  # Ray's own images
@@ -52,11 +66,32 @@ def image_trouble(image: str) -> tuple[str, str] | None:
     return None
 
 
+def named_like_a_secret(name: str, value: str) -> bool:
+    """Whether a variable's name says that its value, given here in plain, is a secret. `$X` gives none away."""
+    secret = exposure._NAMES.search(name) and not exposure._HARMLESS.search(name)
+    return bool(secret and value and not value.lstrip("\"'").startswith("$"))
+
+
 def secrets(document: dict) -> Iterator[tuple[str, str]]:
-    """(where, message) of values that look like secrets."""
-    for where, value in tree(document):
-        if isinstance(value, str) and (kinds := exposure.kinds(value)):
-            yield (
-                where,
-                f"looks like a secret ({kinds[0]}): mount a file, a Kubernetes secret, or give the nodes a role",
-            )
+    """(where, message) of values that look like secrets, at most the first 20."""
+    texts = [(where, " ".join(value.split())) for where, value in tree(document) if isinstance(value, str)]
+    for where, kind in itertools.islice(_hidden(texts), _MOST_SECRETS):
+        yield where, f"looks like a secret ({kind}): mount a file, a Kubernetes secret, or give the nodes a role"
+
+
+def _hidden(texts: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(where, kind of secret), by halves: detect-secrets takes longer to begin than to search a whole file."""
+    kind = _kind(" ".join(text for _, text in texts))
+    if kind and len(texts) == 1:
+        yield texts[0][0], kind
+    elif kind:
+        middle = len(texts) // 2
+        yield from _hidden(texts[:middle])
+        yield from _hidden(texts[middle:])
+
+
+def _kind(text: str) -> str:
+    for start in range(0, len(text), _PIECE):
+        if found := exposure.kinds(text[start : start + _PIECE + _OVERLAP]):
+            return found[0]
+    return ""

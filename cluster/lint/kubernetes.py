@@ -2,49 +2,74 @@
 
 import re
 
-from cluster.lint.finding import Finding, image_trouble, items, mapping, secrets
+from cluster.lint.finding import Finding, image_trouble, items, mapping, named_like_a_secret, secrets
 
-_VERSION = "1.32"
+_VERSION = "1.37"
+_DOORS = {
+    8265,
+    6379,
+    10001,
+    "dashboard",
+    "gcs-server",
+    "client",
+}  # ports of a Ray head, by number and by KubeRay's name
 
 
 def findings(path: str, document: dict) -> list[Finding]:
-    kind = str(document.get("kind"))
+    kind, spec = str(document.get("kind")), mapping(document.get("spec"))
     name = f"{kind} {mapping(document.get('metadata')).get('name', '?')}"
-    found = [Finding(path, name, "schema", message) for message in against_the_api(document)]
-    found += [Finding(path, f"{name} {where}", "secret", message) for where, message in secrets(document)
-              if kind != "Secret"]  # fmt: skip
-    spec = mapping(document.get("spec"))
+    found = []
+
+    def trap(trap_name: str, where: str, message: str, severity: str = "error") -> None:
+        found.append(Finding(path, f"{name} {where}".strip(), trap_name, message, severity))
+
+    if trouble := against_the_api(document):
+        other = "." in str(document.get("apiVersion")).partition("/")[0] and trouble[1].startswith("no schema")
+        trap("unchecked" if other else "schema", *trouble, "warning" if other else "error")
+    if kind != "Secret":
+        for where, message in secrets(document):
+            trap("secret", where, message)
     if kind == "CronJob":
-        found += _cron(path, name, spec)
+        _cron(spec, trap)
     if (
         kind in ("ClusterRoleBinding", "RoleBinding")
         and mapping(document.get("roleRef")).get("name") == "cluster-admin"
     ):
-        found.append(Finding(path, name, "full-access-role", "cluster-admin may do everything: give a role of its own"))
+        trap("full-access-role", "roleRef", "cluster-admin may do everything: give a role of its own")
     if kind in ("ClusterRole", "Role"):
-        for rule in items(document.get("rules")):
-            if "*" in items(mapping(rule).get("verbs")) and "*" in items(mapping(rule).get("resources")):
-                found.append(Finding(path, name, "full-access-role", "every verb on every resource: name those needed"))
-    heads = any(mapping(port).get("port") in (8265, 6379, 10001) for port in items(spec.get("ports")))
-    if kind == "Service" and spec.get("type") in ("LoadBalancer", "NodePort") and heads:
-        found.append(Finding(path, name, "open-dashboard", f"{spec['type']} shows a Ray head to the world: ClusterIP"))
+        for at, rule in enumerate(items(document.get("rules"))):
+            everything = "*" in items(mapping(rule).get("resources"))  # with any verb: one that reads has all secrets
+            if everything and ({"*", ""} & {str(group) for group in items(mapping(rule).get("apiGroups"))}):
+                trap("full-access-role", f"rules.{at}", "resources *, secrets among them: name those needed")
+    if kind == "Service" and spec.get("type") in ("LoadBalancer", "NodePort") and _before_a_head(spec):
+        trap("open-dashboard", "spec.type", f"{spec['type']} shows a Ray head to the world: ClusterIP")
     if (pod := _pod(document)) is not None:
         found += of_pod(path, name, pod)
     return found
 
 
-def against_the_api(document: dict) -> list[str]:
-    """What Kubernetes' API would refuse."""
+def against_the_api(document: dict) -> tuple[str, str] | None:
+    """(where, message) of what Kubernetes' API would refuse."""
     import kubernetes_validate
 
+    if not re.fullmatch(r"[A-Za-z]+", str(document.get("kind"))):  # it becomes a file's name
+        return "kind", f"{document.get('kind')!r} is no kind"
     try:
         kubernetes_validate.validate(document, _VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
-        at = ".".join(map(str, getattr(error, "path", ())))
-        return [f"{at + ': ' if at else ''}{' '.join(str(error.message).split())[:300]}"]
-    except Exception as error:  # kinds of other makers, documents that are none
-        return [f"no kind that Kubernetes {_VERSION} knows: {' '.join(str(error).split())[:200]}"]
-    return []
+        return ".".join(map(str, error.absolute_path)), " ".join(str(error.message).split())[:300]
+    except kubernetes_validate.SchemaNotFoundError:
+        return "", f"no schema of {document['kind']} in {document['apiVersion']!r} comes with Kubernetes {_VERSION}"
+    except Exception as error:  # what it trips over, as a key that is no text, is an error of the file
+        return "", f"cannot be checked: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    return None
+
+
+def _before_a_head(service: dict) -> bool:
+    doors = {str(door) for door in _DOORS}
+    ports = [mapping(port).get(key) for port in items(service.get("ports")) for key in ("port", "targetPort")]
+    head = mapping(service.get("selector")).get("ray.io/node-type") == "head"
+    return head or any(str(port) in doors for port in ports)
 
 
 def _pod(document: dict) -> dict | None:
@@ -58,29 +83,28 @@ def _pod(document: dict) -> dict | None:
     return mapping(mapping(template).get("spec")) if isinstance(template, dict) else None
 
 
-def _cron(path: str, name: str, spec: dict) -> list[Finding]:
-    found = []
+def _cron(spec: dict, trap) -> None:
     if spec.get("concurrencyPolicy") != "Forbid":
-        found.append(Finding(path, name, "overlap", "concurrencyPolicy: Forbid, or a slow night meets the next"))
+        trap("overlap", "spec", "concurrencyPolicy: Forbid, or a slow night meets the next")
     if not spec.get("startingDeadlineSeconds"):
-        found.append(Finding(path, name, "missed-ticks", "startingDeadlineSeconds is missing: after 100 missed ticks "
-                             "Kubernetes never starts it again"))  # fmt: skip
+        why = "startingDeadlineSeconds is missing: after 100 missed ticks Kubernetes never starts it again"
+        trap("missed-ticks", "spec", why)
     if not spec.get("timeZone"):
-        found.append(Finding(path, name, "no-time-zone", "timeZone is missing: the hour is the control plane's"))
-    return found + schedule(path, name, spec)
+        trap("no-time-zone", "spec", "timeZone is missing: the hour is the control plane's")
+    schedule(spec, trap)
 
 
-def schedule(path: str, name: str, spec: dict) -> list[Finding]:
-    """The `TZ=` that cron libraries know and Kubernetes refuses."""
-    if re.search(r"TZ=", str(spec.get("schedule", ""))):
-        return [Finding(path, name, "no-time-zone", "TZ= inside schedule is refused: use timeZone")]
-    return []
+def schedule(spec: dict, trap) -> None:
+    """A schedule that is none, and the `TZ=` that cron libraries know and Kubernetes refuses."""
+    given = spec.get("schedule")
+    if "TZ=" in str(given):
+        trap("no-time-zone", "spec.schedule", f"{given!r}: TZ= inside a schedule is refused, use timeZone")
+    elif isinstance(given, str) and not re.fullmatch(r"@[a-z]+( \w+)?|\S+( +\S+){4}", given.strip()):
+        trap("schema", "spec.schedule", f"{given!r}: give minute, hour, day, month, day of the week")
 
 
 def of_pod(path: str, name: str, pod: dict) -> list[Finding]:
     """Traps of any pod: images, host's network, privileges, secrets as plain values."""
-    from cluster import exposure
-
     found = []
     if pod.get("hostNetwork"):
         found.append(Finding(path, name, "host-network", "hostNetwork: the pod listens on the node's addresses"))
@@ -88,13 +112,10 @@ def of_pod(path: str, name: str, pod: dict) -> list[Finding]:
         box, where = mapping(container), f"{name} {mapping(container).get('name', '?')}"
         if mapping(box.get("securityContext")).get("privileged"):
             found.append(Finding(path, where, "privileged", "privileged: the container owns the node"))
-        if trouble := image_trouble(str(box.get("image", ""))):
+        if "image" in box and (trouble := image_trouble(str(box["image"]))):
             found.append(Finding(path, where, *trouble))
         for variable in items(box.get("env")):
             key, value = mapping(variable).get("name"), mapping(variable).get("value")
-            if isinstance(key, str) and isinstance(value, str):
-                try:
-                    exposure.refuse_variable(key, value)
-                except ValueError:
-                    found.append(Finding(path, where, "secret", f"env {key} holds a secret: valueFrom: secretKeyRef"))
+            if isinstance(key, str) and isinstance(value, str) and named_like_a_secret(key, value):
+                found.append(Finding(path, where, "secret", f"env {key} holds a secret: valueFrom: secretKeyRef"))
     return found
