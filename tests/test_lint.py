@@ -1,7 +1,6 @@
 """Each trap in a cluster file is named, and nothing is found in a file that has none."""
 
 import contextlib
-import copy
 import itertools
 import json
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lint_examples import AWS, BUDGET, CRON, GONE, GOOD, POD, RAYCLUSTER, RAYJOB, TRAPS, changed
 
 from cluster.lint import lint
 
