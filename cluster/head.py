@@ -18,6 +18,7 @@ from cluster import auth
 
 DEFAULT = "http://127.0.0.1:8265"
 _TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=5, sock_read=20)
+_LOG_S = 30.0
 _AGAIN_S = (0.2, 0.5, 1, 2)
 
 
@@ -69,8 +70,8 @@ class Head:
         return [found for found in await self._json("GET", "/api/jobs/") if found.get("submission_id")]
 
     async def logs(self, job: str) -> str | None:
-        """The whole log; None if the head knows no such job."""
-        found = await self._json("GET", f"/api/jobs/{job}/logs")
+        """The whole log; None if the head knows no such job. Unreachable soon: the node that has it may be gone."""
+        found = await self._ask("GET", f"/api/jobs/{job}/logs", parsed=json.loads, within=_LOG_S)
         return None if found is None else found["logs"]
 
     async def stop(self, job: str) -> bool:
@@ -111,14 +112,12 @@ class Head:
                 yield message.data
 
     async def _json(self, method: str, path: str):
-        def parsed(body: bytes):
-            return json.loads(body)
+        return await self._ask(method, path, parsed=json.loads)
 
-        return await self._ask(method, path, parsed=parsed)
-
-    async def _ask(self, method: str, path: str, parsed: Callable = bytes, unless=None, **more):
-        """The answer, parsed; None for 404. Repeats until `patience` is over, or `unless()` says it is done."""
-        failures, why = 0, ""
+    async def _ask(self, method: str, path: str, parsed: Callable = bytes, unless=None, within: float = 0, **more):
+        """The answer, parsed; None for 404. Repeats until nothing has answered for `patience` (or this request has
+        taken `within`) seconds, or `unless()` says that it is done."""
+        failures, why, began = 0, "", time.monotonic()
         while True:
             try:
                 async with self.session.request(method, f"{self.address}{path}", **more) as answer:
@@ -147,11 +146,11 @@ class Head:
             except (json.JSONDecodeError, UnicodeDecodeError):
                 why = "what answers there is no Ray dashboard"
             self.lost += 1
-            silent = time.monotonic() - self.answered
-            if silent > self.patience:
+            silent, limit = time.monotonic() - (began if within else self.answered), within or self.patience
+            if silent > limit:
                 raise Unreachable(f"{self.address} has not answered for {silent:.0f} s: {why}")
             if failures == 2:
-                self.said(f"{self.address} does not answer ({why}); asking for another {self.patience - silent:.0f} s")
+                self.said(f"{self.address} does not answer ({why}); asking for another {limit - silent:.0f} s")
             await asyncio.sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
             failures += 1
             if unless and await unless():  # the request arrived, its answer did not

@@ -5,6 +5,7 @@ import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from ray_head import TOKEN, CuttingProxy, RayHead
@@ -47,6 +48,34 @@ def test_a_log_that_is_sent_again_from_its_beginning_is_shown_once():
                 at += step
         log.whole(text)
         assert "".join(shown) == text
+
+
+class NodeIsGone(BaseHTTPRequestHandler):
+    """A head that knows how a job ended, and cannot reach the node that has its log."""
+
+    def do_GET(self) -> None:
+        ended = self.path == "/api/jobs/j"
+        self.send_response(200 if ended else 500)
+        self.end_headers()
+        self.wfile.write(b'{"status": "FAILED", "driver_exit_code": 3}' if ended else b"Traceback\nTimeoutError")
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_the_outcome_counts_though_the_log_is_gone_with_its_node(monkeypatch):
+    monkeypatch.setattr("cluster.head._LOG_S", 1.0)
+    shown: list[str] = []
+
+    async def wait(address: str):
+        async with Head(address, patience=60) as head:
+            return await follow.follow(head, "j", shown.append)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), NodeIsGone) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        ended = asyncio.run(wait(f"http://127.0.0.1:{server.server_address[1]}"))
+        server.shutdown()
+    assert (ended.exit_code, shown) == (3, [])
 
 
 async def one(address: str, job: str, code: int, seconds: float) -> tuple[follow.Outcome, str]:
