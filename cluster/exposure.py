@@ -29,11 +29,16 @@ def kinds(text: str) -> list[str]:
     return sorted(found | ({"access token"} if _MORE.search(text) else set()))
 
 
+def named(name: str) -> bool:
+    """Whether a variable is named like a secret, and not like the place of one."""
+    return bool(_NAMES.search(name) and not _HARMLESS.search(name))
+
+
 def refuse_variable(name: str, value: str) -> None:
     """ValueError if a variable is named like a secret or its value looks like one."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise ValueError(f"--env {name!r}: a variable is NAME=VALUE")
-    if _NAMES.search(name) and not _HARMLESS.search(name):
+    if named(name):
         raise ValueError(f"--env {name}: looks like a secret, and {_INSTEAD}")
     if found := kinds(value):
         raise ValueError(f"--env {name}: its value looks like a secret ({found[0]}), and {_INSTEAD}")

@@ -22,6 +22,16 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
 
+def no_namespaces() -> str:
+    """Why this machine has none to give, if it has not: no root, no iproute2, a kernel or container without them."""
+    try:
+        with Hosts() as hosts:
+            hosts.add("try")
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+    return ""
+
+
 class Hosts:
     """A bridge, and the hosts made on it. A context manager."""
 
@@ -31,8 +41,8 @@ class Hosts:
         self.mark, self.hosts, self.folder = mark, {}, ""
 
     def __enter__(self) -> "Hosts":
-        self.folder = tempfile.mkdtemp(prefix="ms-h-", dir="/tmp")
         ip("link", "add", self.bridge, "type", "bridge")
+        self.folder = tempfile.mkdtemp(prefix="ms-h-", dir="/tmp")
         ip("link", "set", self.bridge, "up")
         ip("addr", "add", f"{self.net}.1/24", "dev", self.bridge)
         return self

@@ -170,6 +170,7 @@ def test_the_head_may_touch_only_its_own_cluster_and_workers_only_the_bucket(ec2
         return [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]
 
     for role in ("millstream-worker", "millstream-head"):
+        assert any("s3:PutObject" in actions(statement) for statement in statements(role))
         for statement in statements(role):
             for action in actions(statement):
                 assert "*" not in action

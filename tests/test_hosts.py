@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from hosts import Hosts
+from hosts import Hosts, no_namespaces
 from ray_head import ROOT, TOKEN
 from s3_server import S3Server, wait_for
 
@@ -64,7 +64,8 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster():
-    assert os.geteuid() == 0, "hosts are network namespaces, which root makes"
+    if why := no_namespaces():
+        pytest.skip(f"hosts are network namespaces, which cannot be made here: {why}")
     with Hosts() as hosts, pytest.MonkeyPatch.context() as patch:
         for name in ("head", "w1", "w2", "s3"):
             hosts.add(name)

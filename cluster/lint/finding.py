@@ -68,7 +68,7 @@ def image_trouble(image: str) -> tuple[str, str] | None:
 
 def named_like_a_secret(name: str, value: str) -> bool:
     """Whether a variable's name says that its value, given here in plain, is a secret. `$X` gives none away."""
-    secret = exposure._NAMES.search(name) and not exposure._HARMLESS.search(name)
+    secret = exposure.named(name)
     return bool(secret and value and not value.lstrip("\"'").startswith("$"))
 
 
