@@ -232,3 +232,18 @@ def test_a_run_grows_into_room_that_comes_free_and_saves_first(ray_local, digits
 def test_more_workers_than_the_run_can_share_never_reach_ray(digits, tmp_path):
     with pytest.raises(ValueError, match=r"use one of \[1, 2\] workers"):
         start(str(tmp_path), "test", runs.cnn(), digits, 4)
+
+
+def test_room_that_is_only_said_to_be_there_is_not_counted_on(ray_local, monkeypatch):
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    cpus = room.capacity(gpu=False)
+    held = placement_group([{"CPU": 1}] * (cpus - 1))
+    assert held.wait(30)
+    monkeypatch.setattr(room, "_SETTLING_S", 1)
+    monkeypatch.setattr(room, "now", lambda gpu: cpus)  # as a busy cluster's view of its nodes says, seconds later
+    try:
+        assert room.choose([1, cpus], gpu=False) == 1
+    finally:
+        remove_placement_group(held)
+    wait_for(lambda: room.choose([1, cpus], gpu=False) == cpus, 30, "room that is there")

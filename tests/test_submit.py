@@ -362,25 +362,24 @@ def test_a_wrong_token_a_missing_one_and_an_unknown_job_are_named(at, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["token", "disabled", None])
-def test_a_head_without_a_token_is_spoken_to_in_every_mode(tmp_path, monkeypatch, mode):
+def test_heads_with_a_token_and_without_are_spoken_to_in_every_mode(tmp_path, monkeypatch):
     """Ray 2.60 takes a token from the home folder by itself, or not, by how it was started; 2.61 always does."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text(TOKEN)
-    if mode:
-        monkeypatch.setenv("RAY_AUTH_MODE", mode)
-    with RayHead(token=None) as open_head:
-        code, result, said = ms("submit", "--address", open_head.address, "--json", "--", "shard", "digits:",
-                                str(tmp_path / "data"), "--workers", "1")  # fmt: skip
-    assert (code, result.get("state")) == (0, "succeeded"), said
-    assert "chmod 600" in said
-    (tmp_path / ".ray/auth_token").chmod(0o600)
-    with RayHead() as closed:
-        code, _, said = ms("job", "list", "--address", closed.address)
-    assert (code, "wants a token" in said) == ((2, True) if mode == "disabled" else (0, False))
+    with RayHead(token=None) as open_head, RayHead() as closed:
+        for mode in ("token", "disabled", None):
+            monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+            if mode:
+                monkeypatch.setenv("RAY_AUTH_MODE", mode)
+            out = ["shard", "digits:", str(tmp_path / f"data-{mode}"), "--workers", "1"]
+            code, result, said = ms("submit", "--address", open_head.address, "--json", "--", *out)
+            assert (code, result.get("state")) == (0, "succeeded"), said
+            assert "chmod 600" in said
+            code, _, said = ms("job", "list", "--address", closed.address)
+            assert (code, "wants a token" in said) == ((2, True) if mode == "disabled" else (0, False))
 
 
 @pytest.mark.slow

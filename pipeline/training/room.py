@@ -47,7 +47,19 @@ def choose(sizes: list[int], gpu: bool) -> int:
         end = time.monotonic() + _SETTLING_S / 3 if found > best and best else end  # more comes back: look on
         best = max(best, found)
         time.sleep(0.2)
-    return max((size for size in sizes if size <= best), default=sizes[0])
+    return next((size for size in sizes[:0:-1] if size <= best and _fits(size, gpu)), sizes[0])
+
+
+def _fits(size: int, gpu: bool) -> bool:
+    """Whether that many places can be had at once. What is read of nodes is old by up to seconds on a busy cluster,
+    and a group that is asked for in vain waits for ever."""
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([{"GPU" if gpu else "CPU": 1}] * size)
+    try:
+        return group.wait(int(_SETTLING_S))  # Ray waits for whole seconds: less than one is none
+    finally:
+        remove_placement_group(group)
 
 
 class Wanted:
