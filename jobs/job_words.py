@@ -41,7 +41,7 @@ def on_head(where: Where, ask: Callable[[Head], Awaitable]):
         say(f"warning: {file} can be read by others on this machine: chmod 600 {file}")
 
     async def asked():
-        async with Head(where.head_address(), min(where.patience, 60), where.insecure, where.ca, say) as head:
+        async with Head(where.head_address(), min(where.patience, 30), where.insecure, where.ca, say) as head:
             return await ask(head)
 
     return asyncio.run(asked())
