@@ -61,8 +61,12 @@ def ask_ray(notice: Notice, address: str, node: str, gone: bool = False) -> None
         done = subprocess.run(
             [*command, *words], capture_output=True, text=True, timeout=max(1, seconds), env=os.environ | here
         )
-    except subprocess.TimeoutExpired:
-        raise RuntimeError("the head does not answer") from None
+    except subprocess.TimeoutExpired as late:
+        told = os.fsdecode(late.stdout or b"")
+        if not told:
+            raise RuntimeError("the head does not answer") from None
+        say(f"{told.splitlines()[-1]}, and still at work at the deadline")
+        return
     for line in done.stdout.splitlines():
         say(line)
     if done.returncode:

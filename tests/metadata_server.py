@@ -8,14 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 class MetadataServer(ThreadingHTTPServer):
     """cloud: "ec2" or "gce". `notice(seconds)` announces the end; `faults` are taken one a request: a status, or bytes
-    for the body, or "hang up". A context manager."""
+    for the body, "hang up" or "hang" (no answer until the server ends). A context manager."""
 
     daemon_threads = True
 
     def __init__(self, cloud: str):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.cloud, self.body, self.maintenance, self.faults = cloud, None, "NONE", []
-        self.tokens, self.seen = {"first"}, []
+        self.cloud, self.body, self.maintenance, self.advice, self.faults = cloud, None, "NONE", None, []
+        self.tokens, self.seen, self.over = {"first"}, [], threading.Event()
 
     @property
     def url(self) -> str:
@@ -30,6 +30,7 @@ class MetadataServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *_) -> None:
+        self.over.set()
         self.shutdown()
         self.server_close()
 
@@ -54,6 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.faults.pop(0) if self.server.faults else None
         if fault == "hang up":
             self.connection.close()
+        elif fault == "hang":
+            self.server.over.wait()
         elif isinstance(fault, int):
             self._answer(fault, b"trouble")
         elif self.server.cloud == "ec2":
@@ -66,6 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(401, b"")
         elif self.path.endswith("/spot/instance-action") and (fault or self.server.body):
             self._answer(200, fault or self.server.body)
+        elif self.path.endswith("/events/recommendations/rebalance") and self.server.advice:
+            self._answer(200, self.server.advice)
         else:
             self._answer(404, b"")
 

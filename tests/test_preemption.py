@@ -91,6 +91,43 @@ def test_no_bad_answer_ends_the_watch_and_the_drain_is_repeated_until_ray_takes_
     assert said.count("the head does not answer") == 1  # once, however often it was tried
 
 
+def test_a_server_that_hangs_is_left_and_asked_again(server):
+    server.faults = ["hang"]
+    drained, one = [], cloud(server)
+
+    def look():
+        if not server.faults:
+            server.notice()
+        return one.look()
+
+    watch(look, drained.append, 0.01)
+    assert len(drained) == 1
+
+
+def test_a_notice_that_the_machine_outlived_drains_nothing_and_a_new_one_does(capfd):
+    with MetadataServer("ec2") as server:
+        server.notice(-3600)
+        drained, looks, one = [], [], cloud(server)
+
+        def look():
+            looks.append(1)
+            if len(looks) == 4:
+                server.notice(-5)  # seen late, or by a clock that is ahead: the machine is still there
+            return one.look()
+
+        watch(look, drained.append, 0.01)
+        assert len(looks) == 4
+        assert 0 < drained[0].deadline - time.time() <= 1
+        assert capfd.readouterr().err.count("has outlived its notice") == 1
+
+
+def test_a_raised_risk_is_told_once_and_not_acted_on(capfd):
+    with MetadataServer("ec2") as server:
+        server.advice, one = b'{"noticeTime": "2026-11-27T08:22:00Z"}', cloud(server)
+        assert [one.look() for _ in range(3)] == [None] * 3
+        assert capfd.readouterr().err.count("raised risk") == 1
+
+
 def test_where_no_cloud_answers_it_says_so_and_a_signal_ends_it():
     env = os.environ | {"PYTHONPATH": str(ROOT)}
 
