@@ -93,7 +93,7 @@ class Gce:
     """A Compute Engine VM's notices: of preemption, and of maintenance that ends it (VMs with GPUs)."""
 
     def __init__(self, url: str, wait: float = 1.0):
-        self.url, self.wait, self.first = url, max(1, round(wait)), {}
+        self.url, self.wait, self.first = url, min(max(1, round(wait)), 10), {}
 
     def answers(self) -> bool:
         """Whether this is GCE: its metadata server names itself. Raises as `look` does."""
@@ -103,22 +103,23 @@ class Gce:
         """The notice, if there is one; waits up to `wait` s for one. Raises as `Ec2.look`."""
         # It answers when the value changes, or in the end with the value as it is: a wait without an end would
         # sleep through a notice that was there before it began.
-        text = self._get(f"preempted?wait_for_change=true&timeout_sec={self.wait}")
+        text = self._get(f"preempted?wait_for_change=true&timeout_sec={self.wait}", _ANSWER_S + self.wait)
         if text not in ("TRUE", "FALSE"):
             raise ValueError(f"instance/preempted: cannot be read: {text[:200]!r}")
         if text == "TRUE":
             return self._notice("GCE preempts this VM", _GCE_NOTICE_S)
         if self._get("maintenance-event") == "TERMINATE_ON_HOST_MAINTENANCE":
             return self._notice("GCE stops this VM for maintenance of its host", _MAINTENANCE_S)
+        self.first.clear()  # one that was taken back, and comes again, has its whole time
         return None
 
     def _notice(self, why: str, seconds: float) -> Notice:
         deadline = self.first.setdefault(why, time.time() + seconds)  # GCE does not say when
         return Notice(why, max(deadline, time.time() + 1))
 
-    def _get(self, name: str) -> str:
+    def _get(self, name: str, seconds: float = _ANSWER_S) -> str:
         path, google = f"/computeMetadata/v1/instance/{name}", {"Metadata-Flavor": "Google"}
-        status, headers, text = ask(self.url, path, google, seconds=_ANSWER_S + self.wait)
+        status, headers, text = ask(self.url, path, google, seconds=seconds)
         if status != 200 or headers.get("Metadata-Flavor") != "Google":
             raise ValueError(f"instance/{name.partition('?')[0]}: HTTP {status}")
         return text.strip()

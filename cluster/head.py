@@ -118,6 +118,7 @@ class Head:
         """The answer, parsed; None for 404. Repeats until nothing has answered for `patience` (or this request has
         taken `within`) seconds, or `unless()` says that it is done."""
         failures, why, began = 0, "", time.monotonic()
+        within = within or (self.patience if unless else 0)  # else each answer to `unless` would give it more time
         while True:
             try:
                 async with self.session.request(method, f"{self.address}{path}", **more) as answer:
@@ -135,8 +136,6 @@ class Head:
                     why = f"{answer.status} {said[-1][:300]}"
                     if answer.status in (400, 405, 413, 422):
                         raise ValueError(f"{self.address} refuses: {why}")
-                    if unless and answer.status == 500 and await unless():
-                        return None
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 if isinstance(error, PermissionError):
                     raise

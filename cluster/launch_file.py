@@ -55,7 +55,7 @@ def _nodes(config: dict, name: str, cloud: str) -> list[Node]:
     idle = given.get("idle_timeout_s")
     what = {
         "machine": str(machine).rpartition("/")[2] if machine else None,
-        "market": "spot" if _is_spot(node) else "on-demand",
+        "market": "spot" if is_spot(node) else "on-demand",
         "cpus": resources.get("CPU"),
         "gpus": resources.get("GPU"),
         "priority": given.get("priority", 0),
@@ -68,7 +68,8 @@ def _nodes(config: dict, name: str, cloud: str) -> list[Node]:
     return found or [Node(name, least=0, most=0, **what)]
 
 
-def _is_spot(node: dict) -> bool:
+def is_spot(node: dict) -> bool:
+    """Whether a node_config of AWS or Google asks for what may be taken away."""
     scheduling = node.get("scheduling")
     scheduling = scheduling if isinstance(scheduling, list) else [scheduling]  # Ray's samples have a list
     return (

@@ -8,9 +8,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
-
-from cluster import launch_file, manifests
+from cluster import launch_file, manifests, reading
 from cluster.facts import Facts, Node
 
 _PRICES = Path(__file__).with_name("prices.json")
@@ -54,8 +52,8 @@ def plan(path: str, prices: dict | None = None) -> dict:
 
 
 def _read(path: Path) -> Facts:
+    documents = reading.documents(str(path))
     try:
-        documents = _documents(path)
         if len(documents) == 1 and isinstance(documents[0].get("provider"), dict):
             return launch_file.read(documents[0])
         if any(one.get("kind") in manifests.KINDS for one in documents):
@@ -67,24 +65,10 @@ def _read(path: Path) -> Facts:
     raise ValueError(f"{path}: no cluster file: {wanted}")
 
 
-def _documents(path: Path) -> list[dict]:
-    try:
-        found = [one for one in yaml.safe_load_all(path.read_text()) if one is not None]
-    except UnicodeDecodeError:
-        raise ValueError("no text") from None
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f"line {where.line + 1}: " if where else ""
-        raise ValueError(f"no YAML: {line}{getattr(error, 'problem', None) or 'cannot be read'}") from None
-    if not found or not all(isinstance(one, dict) for one in found):
-        raise ValueError("no cluster file: its documents are no mappings")
-    return found
-
-
 def _policies(path: Path) -> list[dict]:
     """NetworkPolicies of a file that lies beside; whatever else that file is, is not our concern."""
     try:
-        return [one for one in _documents(path) if one.get("kind") == "NetworkPolicy"]
+        return [one for one in reading.documents(str(path)) if one.get("kind") == "NetworkPolicy"]
     except (OSError, ValueError):
         return []
 

@@ -4,7 +4,7 @@ Clouds announce it through the VM's metadata server, and nobody asks it: plain `
 when the node is dead. This asks once a second, and on a notice has Ray drain the node. A training run that hears of
 the drain saves a checkpoint and goes on elsewhere (`pipeline.training.attempt`); nothing new is placed on the node.
 
-Exits 0 once Ray has accepted the drain, 2 where no cloud answers, 143 on SIGTERM. No bad answer ends it.
+Exits 0 once Ray has accepted the drain, 2 where no cloud answers, 143 on SIGTERM, 130 on Ctrl-C. No bad answer ends it.
 The watcher imports no Ray: it stays small, and what Ray does when its head is gone (it ends the process, or hangs)
 happens to a child that lives for seconds.
 """
@@ -165,7 +165,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def main(words: list[str] | None = None) -> int:
     given = parse(words)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of SystemExit, so that the child ends as well
+    for number in (signal.SIGINT, signal.SIGTERM):  # by way of SystemExit, so that the child ends as well
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     if given.now:
         now(given.deadline, given.address, given.node_id)
         return 0

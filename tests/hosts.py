@@ -79,13 +79,13 @@ class Host:
             None,
         )
 
-    def ray(self, head: "Host | None", env: dict[str, str], cpus: int) -> None:
+    def ray(self, head: "Host | None", env: dict[str, str], cpus: int, labels: dict[str, str]) -> None:
         """Starts Ray, the head's if there is no other, and starts it again when it ends, as systemd would."""
         self.over.clear()
-        self.thread = threading.Thread(target=self._keep, args=(head, env, cpus), daemon=True)
+        self.thread = threading.Thread(target=self._keep, args=(head, env, cpus, labels), daemon=True)
         self.thread.start()
 
-    def _keep(self, head: "Host | None", env: dict[str, str], cpus: int) -> None:
+    def _keep(self, head: "Host | None", env: dict[str, str], cpus: int, labels: dict[str, str]) -> None:
         base = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "PYTHONPATH"))}
         base |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "HOME": self.folder}
         base |= {"RAY_JOB_STOP_WAIT_TIME_S": "30", "PATH": f"{Path(sys.executable).parent}:{base['PATH']}"} | env
@@ -99,6 +99,7 @@ class Host:
             "--disable-usage-stats",
         ]
         command += [f"--node-ip-address={self.address}", f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        command += [f"--labels={','.join(f'{name}={value}' for name, value in labels.items())}"] if labels else []
         if head:
             command += [f"--address={head.address}:6379"]
         else:

@@ -268,13 +268,19 @@ def test_a_service_to_the_outside_is_open_to_everybody(tmp_path, head):
     assert any(way["open"] for way in planned(tmp_path, ray_cluster(head=head), policy([]))["reach"])
 
 
+# Nine lines that stand for a thousand million words.
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no cluster file"),
-        ("[1, 2]", "no cluster file"),
-        ("a: b: c", "no YAML: line 1"),
-        ("kind: Pod\n", "no cluster file"),
+        ("", "empty"),
+        ("[1, 2]", "neither a `ray up` file"),
+        ("a: b: c", "no YAML that can be used: mapping values are not allowed"),
+        ("kind: Pod\n", "neither a `ray up` file"),
+        ("apiVersion: v1\nkind: Pod\n", "no cluster file"),
+        (BOMB, "aliases repeat"),
         ("provider: {type: azure}\ncluster_name: c\n", "azure"),
         ("provider: {type: aws, region: r}\n", "cluster_name"),
         ("provider: {type: aws, region: r}\ncluster_name: c\nmax_worker: 3\n", "max_worker"),

@@ -12,9 +12,9 @@ from ray_head import TOKEN, CuttingProxy, RayHead
 
 from cluster import follow
 from cluster.follow import FAILED, LOST, STOPPED, _Log, outcome
-from cluster.head import Head
+from cluster.head import Head, Unreachable
 
-RUNS = int(os.environ.get("MILLSTREAM_TEST_RUNS", "16"))  # 200 for the README's figure
+RUNS = int(os.environ.get("MILLSTREAM_TEST_RUNS", "30"))  # 200 for the README's figure
 
 
 @pytest.fixture
@@ -78,6 +78,33 @@ def test_the_outcome_counts_though_the_log_is_gone_with_its_node(monkeypatch):
     assert (ended.exit_code, shown) == (3, [])
 
 
+class TakesNoJob(NodeIsGone):
+    """A head that knows no job, and fails at each that it is given."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.end_headers()
+        self.wfile.write(b"Job j does not exist")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b"No available agent to submit job, please try again later.")
+
+
+def test_a_head_that_takes_no_job_is_not_asked_for_ever():
+    async def submit(address: str):
+        async with Head(address, patience=1) as head:
+            await head.submit({"submission_id": "j"})
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), TakesNoJob) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(Unreachable, match="No available agent"):
+            asyncio.run(submit(f"http://127.0.0.1:{server.server_address[1]}"))
+        server.shutdown()
+
+
 async def one(address: str, job: str, code: int, seconds: float) -> tuple[follow.Outcome, str]:
     """Submits a job of `seconds` that prints 20 lines and exits with `code`, and follows it."""
     script = f"for i in $(seq 20); do echo {job} $i; sleep {seconds / 20:.3f}; done; exit {code}"
@@ -128,4 +155,4 @@ def test_exit_codes_and_logs_are_right_through_cut_connections_and_restarts_of_t
         check(found)
         print(f"{RUNS} runs, {proxy.cuts} connections cut, {restarts} restarts of the dashboard")
         assert proxy.cuts > RUNS / 2
-        assert restarts >= 1
+        assert restarts >= 2

@@ -1,6 +1,7 @@
 """The main line across hosts with addresses of their own, and what it survives: a worker host dies, one is cut off, the
 head dies. Network namespaces on one machine stand for the hosts; the same commands are given as on a cluster."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from ray_head import ROOT, TOKEN
 from s3_server import S3Server, wait_for
 
 from cluster import book
+from cluster.head import Head
 from pipeline import storage
 from pipeline.training import checkpoint
 
@@ -30,7 +32,8 @@ class Cluster:
 
     def start(self, *hosts) -> None:
         for host in hosts or (self.head, *self.workers):
-            host.ray(None if host is self.head else self.head, self.s3.env, 0 if host is self.head else 1)
+            labels = {"market": "on-demand"} if host is self.workers[0] else {}
+            host.ray(None if host is self.head else self.head, self.s3.env, 0 if host is self.head else 1, labels)
 
     def submit(self, *words: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
         command = [sys.executable, "-m", "jobs", "submit", "--json", "--insecure", "--store", "s3://lake/store"]
@@ -55,10 +58,11 @@ class Cluster:
         wait_for(lambda: len(checkpoint.lineage(f"s3://lake/{name}")) > 1, 300, f"checkpoint of {name}")
 
     def accuracy(self, name: str) -> float:
-        """Of the run's last validation; each of its steps stands once."""
+        """Of the run's best checkpoint, scored by a job of its own; each of the run's steps stands once."""
+        self.done(self.submit("evaluate", f"s3://lake/{name}", "--workers", "2"))
         rows = checkpoint.read_metrics(f"s3://lake/{name}")
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-        return [row["val_accuracy"] for row in rows if "val_accuracy" in row][-1]
+        return json.loads(storage.read(f"s3://lake/{name}/evaluation-val.json"))["accuracy"]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +93,22 @@ def undisturbed(cluster):
 
 
 def test_the_main_line_runs_on_both_worker_hosts(cluster, undisturbed):
-    cluster.done(cluster.submit("evaluate", "s3://lake/calm", "--workers", "2"))
-    scored = json.loads(storage.read("s3://lake/calm/evaluation-val.json"))["accuracy"]  # of the best checkpoint
-    assert abs(scored - undisturbed) <= 0.02
     rows = checkpoint.read_metrics("s3://lake/calm")
     assert {row["workers"] for row in rows if "workers" in row} <= {2}
     assert undisturbed > 0.95
+
+
+def test_the_driver_runs_on_the_node_with_the_label_that_is_asked_for(cluster, undisturbed, monkeypatch):
+    options = ("--driver-on", "market=on-demand", "--name", "labelled")
+    cluster.done(cluster.submit("inspect", "s3://lake/digits", options=options))
+
+    async def asked(address: str) -> dict:
+        async with Head(address, insecure=True) as head:
+            return await head.job("labelled-1")
+
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    job = asyncio.run(asked(f"http://{cluster.head.address}:8265"))
+    assert f"//{cluster.workers[0].address}:" in job["driver_agent_http_address"]
 
 
 def test_a_worker_host_that_dies_costs_no_accuracy(cluster, undisturbed):
@@ -133,3 +147,26 @@ def test_after_the_head_died_the_same_command_goes_on_and_nothing_older_is_read(
     ledger = checkpoint.lineage("s3://lake/headless")
     assert ledger[0].samples > before
     assert abs(cluster.accuracy("headless") - undisturbed) <= 0.005
+
+
+def test_a_host_that_is_stopped_drains_its_own_node_and_no_other(cluster, undisturbed):
+    """The preStop hook: it finds the node by the host's addresses, among those of the cluster."""
+    host = cluster.workers[1]
+    command = [*host.within, sys.executable, "-m", "cluster.preemption", "--address", f"{cluster.head.address}:6379"]
+
+    def stop(token: str, seconds: int) -> str:
+        env = cluster.env | {"RAY_AUTH_TOKEN": token, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([*command, "--now", "--deadline", str(seconds)], cwd=ROOT, env=env, timeout=seconds + 60,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    lives = [worker.lives for worker in cluster.workers]
+    said = stop("0" * 32, 5)
+    assert "Ray has not been told" in said
+    assert [worker.lives for worker in cluster.workers] == lives  # a wrong token moves nothing
+    said = stop(TOKEN, 60)
+    assert said.count("is being drained") == 1
+    assert "still at work" not in said
+    wait_for(lambda: host.lives > lives[1], 60, "end of the drained node")
+    assert cluster.workers[0].lives == lives[0]

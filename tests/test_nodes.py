@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import runs
@@ -110,9 +111,11 @@ def scene(path, data, config, workers, steps, events):
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     words = [path, data, json.dumps(config), workers, str(steps), *events]
-    done = subprocess.run(
-        [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, env=environment, timeout=450
-    )
+    with tempfile.TemporaryDirectory(prefix="ms-n-", dir="/tmp", ignore_cleanup_errors=True) as short:  # for sockets
+        done = subprocess.run(
+            [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, timeout=450,
+            env=environment | {"RAY_TMPDIR": short},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

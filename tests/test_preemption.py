@@ -52,6 +52,18 @@ def test_maintenance_that_ends_a_vm_is_a_notice():
         assert "maintenance" in cloud(server).look().why
 
 
+def test_a_notice_that_was_taken_back_and_comes_again_has_its_whole_time(monkeypatch):
+    with MetadataServer("gce") as server:
+        one = cloud(server)
+        server.maintenance = "TERMINATE_ON_HOST_MAINTENANCE"
+        first = one.look()
+        server.maintenance = "NONE"
+        assert one.look() is None
+        monkeypatch.setattr("cluster.clouds.time.time", lambda: first.deadline + 1000)
+        server.maintenance = "TERMINATE_ON_HOST_MAINTENANCE"
+        assert one.look().deadline == first.deadline + 1060
+
+
 def test_a_token_that_ended_before_its_time_is_asked_for_anew():
     with MetadataServer("ec2") as server:
         one = cloud(server)
@@ -139,12 +151,13 @@ def test_where_no_cloud_answers_it_says_so_and_a_signal_ends_it():
         _, said = nowhere.communicate(timeout=60)
     assert nowhere.returncode == 2
     assert "neither EC2 nor GCE answers" in said
-    with MetadataServer("ec2") as server, watcher("--metadata", server.url) as watching:
-        wait_for(lambda: any("instance-action" in path for path in server.seen), 60, "look")
-        watching.send_signal(signal.SIGTERM)
-        _, said = watching.communicate(timeout=30)
-    assert watching.returncode == 143
-    assert "Traceback" not in said
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with MetadataServer("ec2") as server, watcher("--metadata", server.url) as watching:
+            wait_for(lambda server=server: any("instance-action" in path for path in server.seen), 60, "look")
+            watching.send_signal(number)
+            _, said = watching.communicate(timeout=30)
+        assert watching.returncode == 128 + number
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ KubeRay's against built-in rules, or against its CRDs where a folder of them is 
 
 from cluster.lint import kuberay, kubernetes, ray_up
 from cluster.lint.finding import Finding
-from cluster.lint.reading import documents
+from cluster.reading import documents
 
-__all__ = ["Finding", "documents", "lint"]
+__all__ = ["Finding", "lint"]
 
 
 def lint(paths: list[str], crds: str | None = None) -> list[Finding]:

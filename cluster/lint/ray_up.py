@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import re
 
+from cluster.launch_file import is_spot
 from cluster.lint.finding import Finding, image_trouble, items, mapping, named_like_a_secret, number, secrets, tree
 
 _GRACE = re.compile(r"RAY_JOB_STOP_WAIT_TIME_S=(\d{1,9})\b")
@@ -40,7 +41,7 @@ def findings(path: str, config: dict) -> list[Finding]:
     if provider.get("type") == "gcp":
         _gcp(types, head, trap)
     for name, node in types.items():
-        if name == head and _spot(_made(node)):
+        if name == head and is_spot(_made(node)):
             trap(
                 "spot-head", f"available_node_types.{name}", "the head is a spot instance: when it goes, every job goes"
             )
@@ -102,7 +103,7 @@ def _commands(config: dict, trap) -> None:
     if not grace or int(grace[1]) < 30:
         trap("missing-grace", "docker.run_options", f"a job that is stopped gets {grace[1] if grace else 3} s before "
              "SIGKILL: set RAY_JOB_STOP_WAIT_TIME_S=120 on the head, so that it can save")  # fmt: skip
-    spot = any(_spot(_made(node)) for node in mapping(config.get("available_node_types")).values())
+    spot = any(is_spot(_made(node)) for node in mapping(config.get("available_node_types")).values())
     if spot and not re.search(r"cluster\.preemption|millstream cluster watch", " ".join(starts["worker"])):
         trap("no-preemption-watcher", "worker_start_ray_commands", "nobody tells Ray that a spot instance is about to "
              "go: start `setsid -f python -m cluster.preemption` after Ray")  # fmt: skip
@@ -127,7 +128,7 @@ def _money(config: dict, provider: dict, types: dict, head: str, trap) -> None:
         if number(node.get("min_workers")) > 0:
             trap("never-zero", f"available_node_types.{name}.min_workers", f"{node['min_workers']} nodes stay up "
                  "without work", "warning")  # fmt: skip
-        if _spot(_made(node)) and not any(_stands_in(other, node) for other in workers.values()):
+        if is_spot(_made(node)) and not any(_stands_in(other, node) for other in workers.values()):
             trap("no-fallback", f"available_node_types.{name}", "no on-demand type of lower priority: where there is "
                  "no spot capacity, the run waits")  # fmt: skip
     if head in types and mapping(mapping(types[head]).get("resources")).get("CPU") != 0:
@@ -149,15 +150,8 @@ def _gpus(node: dict) -> bool:
 
 def _stands_in(other: dict, spot: dict) -> bool:
     """Whether `other` takes the work when there is no capacity for `spot`."""
-    may = not _spot(_made(other)) and other.get("max_workers", 1) != 0 and _gpus(other) >= _gpus(spot)
+    may = not is_spot(_made(other)) and other.get("max_workers", 1) != 0 and _gpus(other) >= _gpus(spot)
     return may and number(other.get("priority")) < number(spot.get("priority"))
-
-
-def _spot(node: dict) -> bool:
-    scheduling = node.get("scheduling")
-    rows = scheduling if isinstance(scheduling, list) else [scheduling]
-    google = any(mapping(row).get("preemptible") or mapping(row).get("provisioningModel") == "SPOT" for row in rows)
-    return google or mapping(node.get("InstanceMarketOptions")).get("MarketType") == "spot"
 
 
 def _aws(config: dict, provider: dict, types: dict, head: str, trap) -> None:

@@ -1,6 +1,6 @@
 """A RayJob's own rules by KubeRay's validation.go, and what it gives away: Ray shows a job to whoever lists jobs."""
 
-from cluster.lint import reading
+from cluster import reading
 from cluster.lint.finding import mapping, named_like_a_secret, number
 
 

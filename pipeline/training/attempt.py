@@ -64,6 +64,7 @@ def run(
     cuda, here = room.cuda(resources, size), ray.get_runtime_context().get_node_id()
     options = {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
     mailbox = ray.remote(**options)(_Mailbox).remote()
+    config = {"body": body, "args": args, "threads": resources.threads, "mailbox": mailbox, "launch": launch}
     with contextlib.ExitStack() as stack:
         # Ray Train insists on a place for its own bookkeeping; nothing of ours is in it.
         where = os.environ.get("MILLSTREAM_SCRATCH")  # set by a session of our own, which removes it after a SIGKILL
@@ -72,8 +73,7 @@ def run(
         timeout = int(resources.hang_seconds + 2 * _SILENT_S)
         trainer = TorchTrainer(
             _on_worker,
-            train_loop_config={"body": body, "args": args, "threads": resources.threads}
-            | {"mailbox": mailbox, "launch": launch},
+            train_loop_config=config,
             torch_config=gloo.torch_config("nccl" if cuda else "gloo", timeout),
             scaling_config=ScalingConfig(num_workers=size, use_gpu=cuda),
             run_config=RunConfig(
