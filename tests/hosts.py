@@ -72,6 +72,12 @@ class Host:
         for words in (["addr", "add", f"{address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"],
                       ["link", "set", "lo", "up"], ["route", "add", "default", "via", f"{hosts.net}.1"]):  # fmt: skip
             ip("-n", self.space, *words)
+        # Ray has every node keep its session below the path that the head has: each host has a disk of its own there.
+        self.session = f"{hosts.folder}/session"
+        for folder in (self.session, f"{self.folder}/disk"):
+            os.makedirs(folder, exist_ok=True)
+        disk = 'mount --bind "$0" "$1" && shift && exec "$@"'  # `ip netns exec` has given it mounts of its own
+        self.disk = ("sh", "-c", disk, f"{self.folder}/disk", self.session)
         self.within, self.lives, self.over, self.thread = (
             ("ip", "netns", "exec", self.space),
             0,
@@ -106,7 +112,7 @@ class Host:
             command += ["--head", "--port=6379", "--dashboard-host=0.0.0.0", "--dashboard-port=8265"]
         while not self.over.is_set():
             self.lives += 1
-            more = [] if head else [f"--temp-dir={self.folder}/{self.lives}"]
+            more = [] if head else [f"--temp-dir={self.session}/{self.lives}"]
             with open(f"{self.folder}/log", "ab") as log:
                 process = subprocess.Popen([*command, *more], env=base, cwd=self.folder, stdin=subprocess.DEVNULL,
                                            stdout=log, stderr=log, start_new_session=True)  # fmt: skip
@@ -124,6 +130,15 @@ class Host:
     def processes(self) -> list[int]:
         found = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True, timeout=20)
         return [int(pid) for pid in found.stdout.split()]
+
+    def has(self, program: str) -> bool:
+        """Whether it runs on the host."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if os.path.basename(words[0]).decode(errors="replace") == program:
+                    return True
+        return False
 
     def kill(self) -> None:
         """SIGKILLs everything on the host, at once."""

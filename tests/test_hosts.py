@@ -50,12 +50,8 @@ class Cluster:
         return said
 
     def train(self, name: str) -> subprocess.Popen:
-        words = ["--workers", "2", "--epochs", "6", "--checkpoint-every", "1600", "--data", "s3://lake/digits"]
+        words = ["--workers", "2", "--epochs", "10", "--checkpoint-every", "1600", "--data", "s3://lake/digits"]
         return self.submit("train", "digits_cnn", "--out", f"s3://lake/{name}", *words, options=("--name", name))
-
-    def underway(self, name: str) -> None:
-        """Waits until the run has a checkpoint after its first."""
-        wait_for(lambda: len(checkpoint.lineage(f"s3://lake/{name}")) > 1, 300, f"checkpoint of {name}")
 
     def accuracy(self, name: str) -> float:
         """Of the run's best checkpoint, scored by a job of its own; each of the run's steps stands once."""
@@ -111,42 +107,37 @@ def test_the_driver_runs_on_the_node_with_the_label_that_is_asked_for(cluster, u
     assert f"//{cluster.workers[0].address}:" in job["driver_agent_http_address"]
 
 
-def test_a_worker_host_that_dies_costs_no_accuracy(cluster, undisturbed):
-    job = cluster.train("killed")
-    cluster.underway("killed")
+def test_a_run_that_loses_a_host_a_cable_and_its_head_ends_as_one_undisturbed(cluster, undisturbed):
+    """A worker host dies, one is cut off for half a minute, the head dies and the same command is given again."""
+    job, path = cluster.train("hit"), "s3://lake/hit"
+
+    def further() -> None:
+        """Waits for a checkpoint after those that there are."""
+        before = checkpoint.lineage(path)
+        wait_for(lambda: checkpoint.lineage(path)[:1] != before[:1], 300, "next checkpoint")
+
+    further()
+    further()
     cluster.workers[1].kill()
     cluster.start(cluster.workers[1])  # another machine, by the autoscaler
-    said = cluster.done(job)
-    print(said)
-    assert abs(cluster.accuracy("killed") - undisturbed) <= 0.005
-
-
-def test_a_worker_host_cut_off_for_half_a_minute_costs_no_accuracy(cluster, undisturbed):
-    job = cluster.train("cut")
-    cluster.underway("cut")
-    cluster.workers[1].cut()
+    further()
+    cluster.workers[0].cut()
     try:
         time.sleep(30)  # the length of the outage is what is tested
     finally:
-        cluster.workers[1].mend()
-    print(cluster.done(job))
-    assert abs(cluster.accuracy("cut") - undisturbed) <= 0.005
-
-
-def test_after_the_head_died_the_same_command_goes_on_and_nothing_older_is_read(cluster, undisturbed):
-    job = cluster.train("headless")
-    cluster.underway("headless")
+        cluster.workers[0].mend()
+    further()
+    assert job.poll() is None, "the run has ended before its head could die"
     cluster.head.kill()
-    before = checkpoint.lineage("s3://lake/headless")[0].samples
+    before = checkpoint.lineage(path)[0].samples
     cluster.start(cluster.head)
-    assert job.wait(400) == 122, job.communicate()[1][-3000:]
-    job.communicate()
-    again = cluster.train("headless")
-    print(cluster.done(again))
-    assert book.newest("s3://lake/store", "headless") == 2
-    ledger = checkpoint.lineage("s3://lake/headless")
-    assert ledger[0].samples > before
-    assert abs(cluster.accuracy("headless") - undisturbed) <= 0.005
+    _, said = job.communicate(timeout=400)
+    assert job.returncode == 122, said[-3000:]
+    assert said.count("restart") >= 1
+    print(said, cluster.done(cluster.train("hit")))
+    assert book.newest("s3://lake/store", "hit") == 2
+    assert checkpoint.lineage(path)[0].samples > before
+    assert abs(cluster.accuracy("hit") - undisturbed) <= 0.005
 
 
 def test_a_host_that_is_stopped_drains_its_own_node_and_no_other(cluster, undisturbed):
@@ -161,12 +152,11 @@ def test_a_host_that_is_stopped_drains_its_own_node_and_no_other(cluster, undist
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    lives = [worker.lives for worker in cluster.workers]
     said = stop("0" * 32, 5)
     assert "Ray has not been told" in said
-    assert [worker.lives for worker in cluster.workers] == lives  # a wrong token moves nothing
+    assert host.has("raylet")  # a wrong token moves nothing
     said = stop(TOKEN, 60)
     assert said.count("is being drained") == 1
     assert "still at work" not in said
-    wait_for(lambda: host.lives > lives[1], 60, "end of the drained node")
-    assert cluster.workers[0].lives == lives[0]
+    wait_for(lambda: not host.has("raylet"), 60, "end of the drained node")
+    assert cluster.workers[0].has("raylet")
