@@ -79,9 +79,9 @@ class Stop(threading.Event):
 
 
 @contextlib.contextmanager
-def asked_to_stop() -> Iterator[Stop]:
-    """What Ctrl-C and SIGTERM set, so that work can end in order; the second ends it at once."""
-    stop = Stop()
+def asked_to_stop(stop: Stop | None = None) -> Iterator[Stop]:
+    """What Ctrl-C and SIGTERM set (`stop`, or a new one), so that work can end in order; the second ends it at once."""
+    stop = stop or Stop()
 
     def note(number, frame) -> None:
         if stop.is_set():
@@ -112,6 +112,11 @@ def _line(error: BaseException) -> str:
 def absolute(path: str) -> str:
     """A path as workers in other folders would understand it; remote ones are already."""
     return path.rstrip("/") if storage.is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def absolute_model(named: str) -> str:
+    """The same for a model: models:NAME@champion stays what it is, nothing stays nothing."""
+    return named if not named or named.startswith("models:") else absolute(named)
 
 
 def absolute_source(uri: str) -> str:
@@ -181,6 +186,21 @@ def _event(row: dict) -> str:
     if "resize" in row:
         return f"going on with {row['resize']} workers ({row['why']})"
     return f"saved at {row['saved']:,} samples: {row['why']}" if "saved" in row else row["note"]
+
+
+def training_rows() -> Callable[[dict], None]:
+    """Shows the rows of a training whose length is not known beforehand: validations, events, and a line a minute."""
+    said = [time.monotonic()]
+
+    def show(row: dict) -> None:
+        if "epoch" not in row:
+            say(_event(row))
+        elif "val_loss" in row or time.monotonic() - said[0] > _QUIET_S:
+            said[0] = time.monotonic()
+            numbers = " ".join(f"{k} {v:.4f}" for k, v in row.items() if k.endswith(("loss", "accuracy")))
+            say(f"epoch {row['epoch']:5.2f}  {row['samples']:>10,} samples  {numbers}")
+
+    return show
 
 
 def fit_with_progress(opened, resources, stop: Stop | None = None) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from cluster.session import ray_session
-from jobs import presets, report_page
+from jobs import demo_nights, presets, report_page
 from jobs.command import absolute, console, execute, fit_with_progress, parse, say
 from pipeline import storage
 from pipeline.evaluation import report
@@ -28,6 +28,8 @@ class Args:
 
     out: str = "millstream-demo"
     """Where everything goes, a local folder or s3://..."""
+    nightly: bool = False
+    """Four nights of retraining instead: a first model, better data, worse data, no new data."""
     resources: Resources = field(default_factory=lambda: Resources(workers=2))
     address: str | None = None
     """A running Ray cluster; default: RAY_ADDRESS, else a Ray of our own on this machine."""
@@ -36,7 +38,9 @@ class Args:
 
 
 def run(args: Args) -> dict:
-    """{accuracy, report, seconds, ...}"""
+    """{accuracy, report, seconds, ...}; of --nightly {nights, champion, page}"""
+    if args.nightly:
+        return demo_nights.run(absolute(args.out), args.resources, args.address)
     started, out = time.monotonic(), absolute(args.out)
     raw, data, cnn, gan = (storage.join(out, name) for name in ("raw", "shards", "cnn", "gan"))
     write_raw(raw)

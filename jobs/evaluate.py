@@ -1,5 +1,6 @@
 """Scores a run's best checkpoint on a split, every sample counted once."""
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -8,10 +9,12 @@ import tyro
 from cluster.session import ray_session
 from jobs import report_page
 from jobs.command import absolute, execute, parse, say
-from pipeline import storage
+from pipeline import registry, storage
+from pipeline.evaluation import classification
 from pipeline.shards import index
+from pipeline.training import fit, weights
 from pipeline.training.resources import Resources
-from pipeline.training.run import Run, open_run
+from pipeline.training.run import open_run
 from pipeline.training.tasks import ClassifyConfig
 
 
@@ -23,7 +26,8 @@ class Args:
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The directory `millstream train` wrote, local or s3://..."""
+    """The directory `millstream train` wrote, local or s3://..., or models:NAME@champion (of which only the numbers
+    are given)."""
     data: str | None = None
     """DATASET; default: the one the run was trained on."""
     split: str = "val"
@@ -37,9 +41,11 @@ class Args:
 
 def run(args: Args) -> dict:
     """{samples, accuracy, per_class, confusion, ..., split, checkpoint, loss}"""
+    if registry.is_spec(args.run):
+        return _published(args, registry.resolve(args.run))
     opened = open_run(absolute(args.run))
     data = absolute(args.data) if args.data else opened.data
-    check(opened, data, args.split)
+    check(opened.config.task, opened.facts.classes, opened.path, data, args.split)
     if args.resources.most == 0:
         scores, _ = report_page.evaluate(opened, data, args.split, args.resources)
     else:
@@ -50,17 +56,24 @@ def run(args: Args) -> dict:
     return scores
 
 
-def check(opened: Run, data: str, split: str) -> None:
-    """Raises ValueError if the run cannot be scored on that split, before anything is started."""
-    if not isinstance(opened.config.task, ClassifyConfig):
-        raise ValueError(
-            f"{opened.path} trains a GAN, which has no accuracy: look at `millstream sample {opened.path}`"
-        )
+def _published(args: Args, path: str) -> dict:
+    model = weights.load(path)
+    data = absolute(args.data) if args.data else model.info.get("lineage", {}).get("data", "")
+    check(model.config, model.facts.classes, args.run, data, args.split)
+    with ray_session(args.resources.most, args.address) if args.resources.most else contextlib.nullcontext():
+        answers = fit.evaluate_published(path, data, args.split, args.resources)
+    scores = classification.score(answers.labels, answers.predicted, answers.confidence, list(model.facts.classes))
+    say(f"{args.split}: accuracy {scores['accuracy']:.4f} over {scores['samples']:,} samples")
+    return scores | {"loss": answers.loss, "split": args.split, "data": data, "version": model.info["version"]}
+
+
+def check(config, classes: tuple[str, ...], path: str, data: str, split: str) -> None:
+    """Raises ValueError if the model cannot be scored on that split, before anything is started."""
+    if not isinstance(config, ClassifyConfig):
+        raise ValueError(f"{path} is a GAN, which has no accuracy: look at `millstream sample {path}`")
     dataset = index.load(data)
-    if dataset.classes != opened.facts.classes:
-        raise ValueError(
-            f"{data} has classes {list(dataset.classes)}, the run was trained on {list(opened.facts.classes)}"
-        )
+    if dataset.classes != classes:
+        raise ValueError(f"{data} has classes {list(dataset.classes)}, the model was trained on {list(classes)}")
     dataset.split(split)
 
 

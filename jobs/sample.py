@@ -6,8 +6,9 @@ from typing import Annotated
 import tyro
 
 from jobs.command import absolute, execute, parse, say
-from pipeline import storage
+from pipeline import registry, storage
 from pipeline.evaluation import report
+from pipeline.training import weights
 from pipeline.training.rank import draw_classes
 from pipeline.training.run import Run, open_run
 
@@ -17,7 +18,7 @@ class Args:
     """Draw a grid of images from a trained GAN's averaged generator: one class a row where it knows classes."""
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The directory `millstream train` wrote for a GAN preset."""
+    """The directory `millstream train` wrote for a GAN preset, or models:NAME@champion."""
     out: str
     """Where the PNG goes, local or s3://..."""
     n: int = 64
@@ -34,14 +35,15 @@ def run(args: Args) -> dict:
     """{out, images, checkpoint}"""
     if not 1 <= args.n <= 100_000:
         raise ValueError(f"n {args.n}: ask for 1 to 100000 images")
-    opened = open_run(absolute(args.run))
+    named = registry.is_spec(args.run)
+    opened = weights.load(registry.resolve(args.run)) if named else open_run(absolute(args.run))
     images, checkpoint = draw_classes(opened, args.n, args.seed, args.label)
     storage.write(absolute(args.out), report.png(report.grid(images, columns=_columns(opened, args.n, args.label))))
     say(f"{args.n} images from {checkpoint}: {args.out}")
     return {"out": absolute(args.out), "images": args.n, "checkpoint": checkpoint}
 
 
-def _columns(opened: Run, n: int, label: str | None) -> int | None:
+def _columns(opened: Run | weights.Published, n: int, label: str | None) -> int | None:
     return -(-n // len(opened.facts.classes)) if opened.facts.classes and label is None else None
 
 

@@ -1,14 +1,14 @@
 """Trains a preset on a dataset. The same command again resumes where the run stands."""
 
 import contextlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import tyro
 from rich.table import Table
 
 from cluster.session import ray_session
 from jobs import presets
-from jobs.command import absolute, asked_to_stop, console, execute, fit_with_progress, parse, say
+from jobs.command import absolute, absolute_model, asked_to_stop, console, execute, fit_with_progress, parse, say
 from pipeline.loading.selection import choose
 from pipeline.shards import index
 from pipeline.training import fit
@@ -38,13 +38,13 @@ class Args:
 def run(args: Args, preset: str) -> dict:
     """{run, samples_seen, epochs, checkpoint, metrics, ...}"""
     data, out, workers = absolute(args.data), absolute(args.out), args.resources.workers
+    config = replace(args.config, init=absolute_model(args.config.init))
     if args.dry_run:
-        config = args.config
         samples = len(choose(index.load(data).split("train"), config.selection, config.loop.seed).split)
         steps = total_steps(config.loop, samples)
         say(f"{preset} on {args.data} ({samples:,} samples) -> {args.out}: {steps:,} steps")
-        return {"preset": preset, "data": data, "run": out, "steps": steps, "config": asdict(args.config)}
-    opened = start(out, preset, args.config, data, workers)
+        return {"preset": preset, "data": data, "run": out, "steps": steps, "config": asdict(config)}
+    opened = start(out, preset, config, data, workers)
     here = args.resources.most == 0 or fit.finished(opened)
     # Ray first: it takes SIGTERM for itself when it starts.
     with contextlib.nullcontext() if here else ray_session(args.resources.most, args.address), asked_to_stop() as stop:

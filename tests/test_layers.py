@@ -15,7 +15,19 @@ ALLOWED = {
     "sources": {"storage", "draw"},
     "shards": {"sources", "storage", "lease", "draw"},
     "loading": {"shards.tar", "shards.index", "storage", "draw"},
-    "training": {"loading", "models", "evaluation", "shards.index", "shards.pinned", "storage", "lease", "draw"},
+    "registry": {"storage"},
+    "training": {
+        "loading",
+        "models",
+        "evaluation",
+        "registry",
+        "shards.index",
+        "shards.pinned",
+        "storage",
+        "lease",
+        "draw",
+    },
+    "nightly": {"training", "loading", "evaluation", "registry", "shards", "sources", "storage", "lease", "draw"},
 }
 RAY = {"pipeline.shards.build", "pipeline.predict"}
 RAY |= {f"pipeline.training.{name}" for name in ("attempt", "room", "gloo")}
@@ -70,6 +82,7 @@ def test_the_cluster_knows_at_most_storage_of_the_library():
 
 def test_a_verb_never_imports_a_verb():
     shared = ("jobs.command", "jobs.presets", "jobs.report_page", "jobs.job_words", "jobs.dataset_", "jobs.bench.")
+    shared += ("jobs.nights", "jobs.demo_nights")
     for name, tree in modules():
         for target in imports(tree):
             if target.startswith("jobs.") and not name.startswith("jobs.__"):

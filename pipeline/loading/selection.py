@@ -1,7 +1,8 @@
 """What an epoch holds, where that is not each sample of a split once: some of them, or some more often than others.
 
     subset, fold, classes       split -> a split of some of its samples
-    class_balanced, weighted    split -> weights, float64 (n,): how often to draw each sample, in proportion
+    class_balanced, weighted,
+    newest_first                split -> weights, float64 (n,): how often to draw each sample, in proportion
     draws                       split and weights -> `Draws`: how often each is in each epoch, which `order` asks for
     mixture                     several splits -> one split, and its `Draws`
     choose                      a split and a run's `Selection` -> all of that
@@ -36,12 +37,20 @@ class Selection:
     """Which fold is held out, from 0 on."""
     balance: bool = False
     """Draw each class as often as any other, rare ones several times an epoch."""
+    recent: float = 0.0
+    """Share of each epoch drawn from the dataset's newest generations; 0: as much as there is of them."""
+    recent_generations: int = 1
+    """How many of its generations --recent means."""
 
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction {self.fraction}: above 0, and 1 at most")
         if (self.folds or self.fold) and not (self.folds >= 2 and 0 <= self.fold < self.folds):
             raise ValueError(f"fold {self.fold} of {self.folds}: at least 2 folds, numbered from 0")
+        if not 0 <= self.recent < 1 or self.recent_generations < 1:
+            raise ValueError(
+                f"recent {self.recent} of {self.recent_generations} generations: a share below 1, of at least one"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,23 @@ def choose(split: Split, selection: Selection, seed: int) -> Chosen:
     if selection.folds:
         split, held_out = fold(split, selection.folds, selection.fold)
     split = subset(split, selection.fraction)
-    return Chosen(split, draws(split, class_balanced(split), seed) if selection.balance else None, held_out)
+    weights = class_balanced(split) if selection.balance else None
+    if selection.recent:
+        weights = newest_first(split, selection.recent, selection.recent_generations, weights)
+    return Chosen(split, None if weights is None else draws(split, weights, seed), held_out)
+
+
+def newest_first(
+    split: Split, share: float, generations: int = 1, weights: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Weights, float64 (n,), under which samples of the newest generations make up `share` of an epoch and the others
+    the rest; `weights` (None: all alike) hold within each. Where either has none, `weights` as they are."""
+    recent = split.generation >= split.generations - generations
+    if recent.all() or not recent.any():
+        return weights
+    inside = np.ones(len(split)) if weights is None else weights
+    of_recent, of_others = inside[recent].sum(), inside[~recent].sum()
+    return inside * np.where(recent, share / of_recent, (1 - share) / of_others)
 
 
 def subset(split: Split, fraction: float, seed: int = 0) -> Split:

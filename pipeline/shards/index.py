@@ -109,6 +109,17 @@ class Split:
         """Path of each sample relative to the root of its source, string (n,); read when first asked for."""
         return self._text("source")
 
+    @property
+    def generations(self) -> int:
+        """How many generations of the dataset are here, those without a sample of the split too."""
+        return len(self._rows)
+
+    @property
+    def generation(self) -> np.ndarray:
+        """With which of them each sample came, 0 the first: int64 (n,)."""
+        of_all = np.repeat(np.arange(len(self._rows)), [end - first for _, first, end in self._rows])
+        return of_all if self.picked is None else of_all[self.picked]
+
     def path(self, name: str) -> str:
         """Where a file of the split is: one of `shards`, or of the index."""
         return storage.join(self.root, name) if self.root else name

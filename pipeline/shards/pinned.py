@@ -1,6 +1,6 @@
 """A dataset as it was: what was begun on some generations goes on with just these, however it has grown since."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.shards.index import Dataset, digest
 
@@ -16,23 +16,30 @@ def generations(dataset: Dataset) -> list[str]:
 
 
 def at(dataset: Dataset, pins: Sequence[str]) -> Dataset:
-    """The dataset as it was when `generations` gave `pins`, with shards and samples of theirs alone. Classes, pixel
-    statistics and counts by class remain those of the whole.
+    """The dataset of those generations alone to which `generations` gave `pins`. Classes, pixel statistics and counts
+    by class remain those of the whole.
 
-    ValueError if these are not the first generations it has: it was pruned or built anew, or is another one.
+    ValueError if it has one of them no longer: it was pruned or built anew, or is another one.
     """
     have = generations(dataset)
-    if list(pins) != have[: len(pins)]:
-        number = next(i for i, pin in enumerate(pins) if have[i : i + 1] != [pin])
+    if missing := [pin for pin in pins if pin not in have]:
+        number = list(pins).index(missing[0])
         found = "is another now: pruned, or built anew" if number < len(have) else "is not there"
         raise ValueError(
             f"{dataset.root} is not the dataset that was: its generation {number} {found}. What was begun on it cannot "
             f"go on: bring that dataset back, or begin anew with another --out"
         )
-    if len(pins) == len(have):
+    numbers = [generation["generation"] for generation in dataset.info["generations"]]
+    return of(dataset, [number for number, mark in zip(numbers, have, strict=True) if mark in pins])
+
+
+def of(dataset: Dataset, numbers: Collection[int]) -> Dataset:
+    """The dataset of the generations of these numbers alone, as `at`. ValueError if it has one of them not."""
+    if strange := sorted({*numbers} - {generation["generation"] for generation in dataset.info["generations"]}):
+        raise ValueError(f"{dataset.root} has no generation {strange[0]}")
+    if len({*numbers}) == len(dataset.info["generations"]):
         return dataset
-    kept = dataset.info["generations"][: len(pins)]
-    numbers = {generation["generation"] for generation in kept}
+    kept = [generation for generation in dataset.info["generations"] if generation["generation"] in numbers]
     shards = [shard for shard in dataset.info["shards"] if shard["generation"] in numbers]
     splits = {}
     for name, split in dataset.info["splits"].items():

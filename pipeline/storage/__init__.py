@@ -11,14 +11,28 @@ so that local work does not pay for it.
 
 import contextlib
 import errno
+from collections.abc import Callable
 from typing import BinaryIO
 
 from pipeline.storage import local
 from pipeline.storage.paths import Conflict, File, StorageError, is_remote, join, name, partial
 
-__all__ = ["Conflict", "File", "StorageError", "delete", "delete_tree", "exists", "filesystem", "is_remote", "join"]
+__all__ = [
+    "Conflict",
+    "File",
+    "StorageError",
+    "change",
+    "delete",
+    "delete_tree",
+    "exists",
+    "filesystem",
+    "is_remote",
+    "join",
+]
 __all__ += ["list_files", "name", "partial", "read", "read_range", "read_tagged", "replace", "sweep_partial"]
 __all__ += ["will_read", "write", "write_new", "writer"]
+
+_CHANGES = 20
 
 
 def _home(path: str):
@@ -92,6 +106,24 @@ def write_new(path: str, data: bytes) -> str:
 def replace(path: str, data: bytes, tag: str) -> str:
     """Put `data` at `path` if its content is still what `read_tagged` saw, and return the new tag; else Conflict."""
     return _home(path).replace(path, data, tag)
+
+
+def change(path: str, new_of: Callable[[bytes | None], bytes]) -> bytes:
+    """Put `new_of(what is there, None if nothing)` at `path`, by compare-and-swap, again until no other process came in
+    between; returns what then stands there. Nothing is written where it is the same. Conflict after 20 times."""
+    for _ in range(_CHANGES):
+        try:
+            old, tag = read_tagged(path)
+        except FileNotFoundError:
+            old = tag = None
+        if (new := new_of(old)) == old:
+            return new
+        try:
+            replace(path, new, tag) if tag else write_new(path, new)
+            return new
+        except (Conflict, FileExistsError):
+            continue
+    raise Conflict(f"{path} is changed all the time by other processes")
 
 
 def delete(path: str, tag: str | None = None) -> None:

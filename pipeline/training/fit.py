@@ -4,20 +4,21 @@
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
 from pipeline import lease, storage
 from pipeline.loading.cache import open_cache
-from pipeline.shards import index
-from pipeline.training import attempt, checkpoint, ledger, room
+from pipeline.loading.steps import fixed_batches
+from pipeline.shards import index, pinned
+from pipeline.training import attempt, checkpoint, ledger, room, weights
 from pipeline.training.attempt import Report
 from pipeline.training.ledger import Launch
-from pipeline.training.rank import evaluate_rank, restored, train_rank, use_threads
-from pipeline.training.resources import Resources, sizes
+from pipeline.training.rank import EVALUATION_BATCH, evaluate_rank, restored, train_rank, use_threads
+from pipeline.training.resources import Resources, sizes, span
 from pipeline.training.run import Run
-from pipeline.training.tasks import Predictions
+from pipeline.training.tasks import Predictions, predict
 from pipeline.training.world import Contact, World
 
 # Of a row.
@@ -70,6 +71,39 @@ def evaluate(run: Run, data: str, split: str, resources: Resources) -> tuple[Pre
     return launch(_evaluate_body, (run, data, split, resources), run, resources, lambda row: None)
 
 
+def score(
+    run: Run, newest: bool, others: list[str], data: str, generations: Collection[int], split: str, resources: Resources
+):
+    """Predictions of a run's best checkpoint (or its newest), and those of models published at the paths `others`, for
+    every sample of the split of these generations: all by the same ranks, one after the other."""
+    body = (run, newest, others, data, tuple(generations), split, resources)
+    return launch(_score_body, body, run, resources, lambda row: None)
+
+
+def _score_body(run, newest, others, data, generations, split, resources, world: World, threads: int, contact: Contact):
+    rows = pinned.of(index.load(data), generations).split(split)
+    cache = open_cache(data, resources.cache, resources.cache_gb)
+    answers = [evaluate_rank(run, restored(run, world.device, newest)[0], rows, world, threads, cache)]
+    return answers + [_answers(path, rows, cache, world, threads) for path in others]
+
+
+def _answers(path: str, rows: index.Split, cache, world: World, threads: int) -> Predictions:
+    """Of the model published at `path`."""
+    model = weights.load(path, world.device)
+    batches = fixed_batches(rows, model.augment, EVALUATION_BATCH, world.rank, world.size, threads, cache)
+    return predict(model.task, model.facts, world.clock.ticking(batches), len(rows), world)
+
+
+def evaluate_published(path: str, data: str, split: str, resources: Resources) -> Predictions:
+    """Predictions of the model published at `path` for every sample of a split."""
+    return launch(_published_body, (path, data, split, resources), None, resources, lambda row: None)
+
+
+def _published_body(path, data, split, resources, world: World, threads: int, contact: Contact) -> Predictions:
+    cache = open_cache(data, resources.cache, resources.cache_gb)
+    return _answers(path, index.load(data).split(split), cache, world, threads)
+
+
 def _train_body(run: Run, resources: Resources, world: World, threads: int, contact: Contact) -> dict:
     return train_rank(run, world, resources, threads, contact)
 
@@ -82,9 +116,15 @@ def _evaluate_body(run: Run, data: str, split: str, resources: Resources, world:
 
 
 def launch(
-    body: Callable, args: tuple, run: Run, resources: Resources, report: Report, stop: threading.Event | None = None
+    body: Callable,
+    args: tuple,
+    run: Run | None,
+    resources: Resources,
+    report: Report,
+    stop: threading.Event | None = None,
 ):
-    """body(*args, world, threads, contact) on the ranks of `resources`; returns rank 0's result.
+    """body(*args, world, threads, contact) on the ranks of `resources`; returns rank 0's result. run: whose checkpoints
+    tell whether it gets on, and whose micro-batches are shared; None: nobody's, and any number of ranks will do.
 
     An attempt that was asked to stop because nodes go or come is followed by the next, at another size if the
     resources allow; one that failed too, but not when that would happen again, nor when `max_failures` of them in a
@@ -101,7 +141,8 @@ def launch(
         latest.update(row if "step" in row else {})
         report(row)
 
-    allowed = sizes(resources.workers, run.config.loop.micro_batches)
+    least, most = span(resources.workers)
+    allowed = sizes(resources.workers, run.config.loop.micro_batches) if run else list(range(least, most + 1))
     failures, restarts, reached, size, why = 0, 0, _reached(run), 0, ""
     while True:
         launched, before, size = launched.again(), size, room.choose(allowed, room.cuda(resources, allowed[0]))
@@ -113,7 +154,8 @@ def launch(
         except attempt.FATAL:
             raise
         except RuntimeError as error:
-            ledger.amend(run.path, latest)
+            if run:
+                ledger.amend(run.path, latest)
             now, why = _reached(run), str(error)
             if not isinstance(error, attempt.Preempted):
                 failures = failures + 1 if now == reached else 1
@@ -128,6 +170,6 @@ def launch(
         report({"saved": ended.result["samples"], "why": why})
 
 
-def _reached(run: Run) -> int:
+def _reached(run: Run | None) -> int:
     """Samples of the newest checkpoint."""
-    return next((manifest.samples for manifest in checkpoint.lineage(run.path)), 0)
+    return 0 if run is None else next((manifest.samples for manifest in checkpoint.lineage(run.path)), 0)

@@ -10,7 +10,7 @@ import torch
 from pipeline.loading.cache import Cache, open_cache
 from pipeline.loading.steps import Steps, fixed_batches
 from pipeline.shards import index
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, weights
 from pipeline.training.cadence import total_steps
 from pipeline.training.ledger import Ledger
 from pipeline.training.loop import NotFinite, train
@@ -37,6 +37,8 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
     state = checkpoint.read_state(run.path, found) if found else {"samples": 0}
     if found:
         task.load(state["task"])
+    elif run.init:
+        weights.begin_from(task, run.init, config.task, run.facts, config.optim)
     position, skipped = state["samples"], state.get("skipped", 0)
     if position >= total_steps(config.loop, len(split)) * config.loop.batch:
         return {"samples": position, **(found.validation if found else {})}
@@ -120,10 +122,12 @@ def evaluate_rank(
     return predict(task, run.facts, world.clock.ticking(batches), len(split), world)
 
 
-def restored(run: Run, device="cpu") -> tuple[Task, checkpoint.Manifest]:
-    """The run's task with the weights of its best checkpoint. Raises ValueError if it has none that verifies."""
-    best = checkpoint.best(run.path)
-    for manifest in [best, *(m for m in checkpoint.lineage(run.path) if m != best)] if best else []:
+def restored(run: Run, device="cpu", newest: bool = False) -> tuple[Task, checkpoint.Manifest]:
+    """The run's task with the weights of its best checkpoint, or of its newest. Raises ValueError if it has none that
+    verifies."""
+    chain = checkpoint.lineage(run.path)
+    best = None if newest else checkpoint.best(run.path, chain)
+    for manifest in ([best] if best else []) + [m for m in chain if m != best]:
         try:
             state = checkpoint.read_state(run.path, manifest)
         except ValueError as error:
@@ -135,11 +139,15 @@ def restored(run: Run, device="cpu") -> tuple[Task, checkpoint.Manifest]:
     raise ValueError(f"{run.path} has no checkpoint that can be read: train it first")
 
 
-def draw_classes(run: Run, n: int, seed: int = 0, label: str | None = None) -> tuple[list[np.ndarray], str]:
-    """n images of a GAN's run, uint8 (s, s, c), sorted by class in equal shares (or all of class `label`), and the name
-    of the checkpoint. Raises ValueError if the run is no GAN's, has no checkpoint or does not know the class.
+def draw_classes(
+    run: Run | weights.Published, n: int, seed: int = 0, label: str | None = None
+) -> tuple[list[np.ndarray], str]:
+    """n images of a GAN's run, or of a published one, uint8 (s, s, c), sorted by class in equal shares (or all of class
+    `label`), and the name of the checkpoint or version. Raises ValueError if it is no GAN's, has no checkpoint or does
+    not know the class.
     """
-    if not isinstance(run.config.task, GanConfig):
+    published = isinstance(run, weights.Published)
+    if not isinstance(run.config if published else run.config.task, GanConfig):
         raise ValueError(f"{run.path} trains a classifier, which draws nothing: `sample` wants a GAN's run")
     classes = run.facts.classes
     if label is not None and label not in classes:
@@ -148,8 +156,12 @@ def draw_classes(run: Run, n: int, seed: int = 0, label: str | None = None) -> t
         labels = np.full(n, classes.index(label))
     else:
         labels = np.arange(n) // -(-n // len(classes)) if classes else np.zeros(n, int)
-    task, manifest = restored(run)
-    return list(draw_images(task, labels.astype(np.int64), seed)), manifest.name
+    if published:
+        task, name = run.task, run.info["version"]
+    else:
+        task, manifest = restored(run)
+        name = manifest.name
+    return list(draw_images(task, labels.astype(np.int64), seed)), name
 
 
 def use_threads(threads: int, workers_here: int = 1) -> int:

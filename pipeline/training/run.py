@@ -8,16 +8,18 @@ RUN/tensorboard/    see `tracking`
 
 import dataclasses
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
 import torch
 
-from pipeline import storage
+from pipeline import registry, storage
 from pipeline.loading.augment import Augment, resolved, statistics
 from pipeline.loading.order import Batching
 from pipeline.loading.selection import Chosen, Selection, choose
 from pipeline.shards import index, pinned
+from pipeline.training import weights
 from pipeline.training.cadence import LoopConfig, total_steps
 from pipeline.training.optim import OptimConfig
 from pipeline.training.resources import sizes, span
@@ -36,6 +38,8 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     augment: Augment = field(default_factory=Augment)
     selection: Selection = field(default_factory=Selection)
+    init: str = ""
+    """Published model to start from: models:NAME@champion, models:NAME@VERSION, or its path."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Run:
     facts: Facts
     data: str
     generations: tuple[str, ...]  # of the dataset, by their digests: it may have got more since
+    init: str = ""  # the path that config.init meant when the run began
 
     @property
     def batching(self) -> Batching:
@@ -73,8 +78,16 @@ class Run:
         return make_task(self.config.task, self.facts, self.config.optim, self.config.loop.seed, device)
 
 
-def start(path: str, preset: str, config: TrainConfig, data: str, workers: int | str) -> Run:
-    """Opens the run at `path`, recording its configuration if it is new.
+def start(
+    path: str,
+    preset: str,
+    config: TrainConfig,
+    data: str,
+    workers: int | str,
+    generations: Collection[int] | None = None,
+) -> Run:
+    """Opens the run at `path`, recording its configuration if it is new. generations: numbers of those of the dataset
+    that a new run is trained on; None: all that there are.
 
     Raises ValueError if the data cannot serve the task, the workers cannot share its steps, or a run of another
     configuration, or a dataset, stands there.
@@ -83,6 +96,8 @@ def start(path: str, preset: str, config: TrainConfig, data: str, workers: int |
     if stored:
         dataset = pinned.at(dataset, _generations(stored, dataset, path))
         config = dataclasses.replace(config, augment=_as_stored(config.augment, stored["augment"]))
+    elif generations is not None:
+        dataset = pinned.of(dataset, generations)
     augment, facts = describe(dataset, config.augment)
     facts = _facts(stored) if stored else facts
     most = max(2, 1 << (max(span(workers)[1], 1) - 1).bit_length())
@@ -91,8 +106,11 @@ def start(path: str, preset: str, config: TrainConfig, data: str, workers: int |
     config = dataclasses.replace(config, augment=augment, loop=loop)
     Batching(loop.batch, micro_batches)
     sizes(workers, micro_batches)
-    run = Run(path, config, facts, data, tuple(pinned.generations(dataset)))
+    init = stored.get("init_path", "") if stored else _found(config.init)
+    run = Run(path, config, facts, data, tuple(pinned.generations(dataset)), init)
     task = run.task("cpu")  # what cannot be built should be said now, not by a worker
+    if init and not stored:
+        weights.begin_from(task, init, config.task, facts, config.optim)
     if augment.start_size:
         _check_sides(task, augment, facts)
     run.chosen(dataset)
@@ -127,9 +145,14 @@ def _run_of(path: str, stored: dict) -> Run:
         LoopConfig(**stored["loop"]),
         Augment(**stored["augment"]),
         Selection(**stored.get("selection", {})),  # runs of an older millstream took every sample
+        stored.get("init", ""),
     )
     generations = stored.get("generations") or _generations(stored, index.load(stored["data"]), path)
-    return Run(path, config, _facts(stored), stored["data"], tuple(generations))
+    return Run(path, config, _facts(stored), stored["data"], tuple(generations), stored.get("init_path", ""))
+
+
+def _found(init: str) -> str:
+    return registry.resolve(init) if registry.is_spec(init) else init
 
 
 def describe(dataset: index.Dataset, augment: Augment) -> tuple[Augment, Facts]:
@@ -159,12 +182,13 @@ def _stored(path: str) -> dict | None:
 
 
 def _record(run: Run, preset: str) -> dict:
-    config, kind = run.config, "gan" if isinstance(run.config.task, GanConfig) else "classify"
+    config, kind = run.config, weights.kind(run.config.task)
     record = {
         name: dataclasses.asdict(getattr(config, name)) for name in ("task", "optim", "loop", "augment", "selection")
     }
     record |= {"preset": preset, "kind": kind, "facts": dataclasses.asdict(run.facts)}
     record |= {"data": run.data, "generations": run.generations, "millstream": version("millstream")}
+    record |= {"init": config.init, "init_path": run.init}
     return json.loads(json.dumps(record))
 
 
@@ -190,7 +214,7 @@ def _as_stored(asked: Augment, stored: dict) -> Augment:
 def _compare(path: str, stored: dict, asked: dict) -> None:
     # By way of a configuration: what an older millstream did not know has its default.
     old, new = flat(_record(_run_of(path, stored), "")), flat(asked)
-    ignored = {"preset", "data", "generations", "millstream", *_MAY_CHANGE}
+    ignored = {"preset", "data", "generations", "millstream", "init_path", *_MAY_CHANGE}
     changed = [name for name in {**old, **new} if name not in ignored and old.get(name) != new.get(name)]
     if changed:
         said = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
