@@ -63,7 +63,7 @@ def arrive(raw: str, night: int) -> None:
     marker = storage.join(raw, f".night-{night}")
     if storage.exists(marker):
         return
-    images, labels = digit_images()
+    images, labels = (each[np.random.default_rng(0).permutation(len(each))] for each in digit_images())  # by writer
     held_out = np.arange(len(images)) % 5 == 0
     known = np.flatnonzero(~held_out)
     if night == 1:

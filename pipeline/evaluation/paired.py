@@ -56,7 +56,9 @@ class Comparison:
     def lower(self, alpha: float) -> float:
         """Lower bound of the true difference, above it in 1 - alpha of all nights; 0 < alpha < 0.5.
 
-        The exact test inverted: the difference at which `p_above` is alpha, to 1e-6.
+        The exact test inverted: the difference at which `p_above` is alpha, to 1e-6. Counts are whole, and so
+        `p_above` may dip on its way up, within the width of an image, 1 / n: there the bound is one of several, and
+        who decides at a stated difference asks `p_above` itself.
         """
         _level(alpha)
         if self.p_above(-1.0) > alpha:

@@ -84,7 +84,7 @@ def measure(dataset: Dataset, generations: Collection[int], images: int) -> Prof
 
 
 def tally(feature: str, values: np.ndarray) -> dict:
-    """Values (n,) of one of FEATURES -> what `Profile.histograms` holds of it; beyond the last edge is the last bin."""
+    """Values (n,) of one of FEATURES -> what `Profile.histograms` holds of it; the outer bins take what is beyond."""
     edges = FEATURES[feature][0]
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     mean = math.fsum(values.tolist()) / len(values) if len(values) else None  # exact: in any order the same

@@ -36,8 +36,10 @@ class Record:
         return self.doc["outcome"] in FINAL
 
     def mark(self, stage: str, result: dict, **more) -> None:
-        """Notes the result (plain JSON) of a stage that is done; one with an `outcome` ends the night, with `more`. In one
-        write: a kill between two would leave all stages done and no end. Superseded if the night is no longer ours."""
+        """Notes the result (plain JSON) of a stage that is done; one with an `outcome` ends the night, with `more`.
+
+        In one write: a kill between two would leave all stages done and no end. Superseded if it is no longer ours.
+        """
         ending = {}
         if "outcome" in result:
             ending = {"outcome": result["outcome"], "reason": result["reason"], "ended": time.time(), **more}
