@@ -12,7 +12,7 @@ from pipeline.shards.plan import Recipe
 from pipeline.sources.digits import digit_images
 from pipeline.training.resources import Resources
 
-_FIRST, _SECOND, _WRONG = 120, 900, 400  # images to train on: of the first night, then in all, then with wrong labels
+_FIRST, _SECOND, _WRONG = 60, 900, 400  # images to train on: of the first night, then in all, then with wrong labels
 NIGHTS = (
     "a first model, of few images",
     "more images of the same kind",

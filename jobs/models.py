@@ -9,9 +9,6 @@ from rich.table import Table
 
 from jobs.command import absolute, console, execute, parse, say
 from pipeline import registry, storage
-from pipeline.training import weights
-from pipeline.training.rank import restored
-from pipeline.training.run import open_run
 
 _WORDS = ("list", "show", "promote", "rollback", "history", "publish", "pin", "unpin")
 
@@ -124,6 +121,10 @@ def _history(root: str, args: Args) -> dict:
 
 
 def _publish(root: str, args: Args) -> dict:
+    from pipeline.training import weights  # torch: a rollback does not wait for it
+    from pipeline.training.rank import restored
+    from pipeline.training.run import open_run
+
     opened = open_run(absolute(args.which))
     task, manifest = restored(opened)
     lineage = {"data": opened.data, "generations": list(opened.generations), "run": opened.path, "init": opened.init,

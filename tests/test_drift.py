@@ -261,6 +261,11 @@ def test_the_contrast_of_colours_is_over_all_their_values(photos):
     assert held["brightness"]["mean"] == pytest.approx(np.mean([p.mean() for p in pictures]))
 
 
+def test_what_lies_beyond_all_bins_is_in_the_outermost():
+    held = profile.tally("aspect ratio", np.array([1e-3, 1, 2e4]))
+    assert (held["counts"][0], sum(held["counts"][1:-1]), held["counts"][-1]) == (1, 1, 1)
+
+
 def test_generations_that_are_not_there_are_refused(before):
     data = index.load(str(before / "out"))
     with pytest.raises(ValueError, match=r"no generation 3 in .*out: it has 0"):

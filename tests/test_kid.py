@@ -241,7 +241,7 @@ def test_each_floor_holds_a_nearer_generator_for_its_own_reason(config, costs, n
         decision = decide_gan(GateConfig(**config), 1, comparison, **costs)
         assert not decision.promote
         assert [check["name"] for check in decision.checks if not check["passed"]] == [name]
-        assert decision.reason.startswith(f"held: {name} ")
+        assert decision.reason.startswith(f"short of its floors: {name} ")
 
 
 def test_the_first_generator_is_promoted_on_floors_alone():

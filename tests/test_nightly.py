@@ -4,13 +4,14 @@ import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
-from jobs import demo_nights, nights
+from jobs import demo_nights, nights, presets
 from jobs.__main__ import main
 from pipeline import registry, storage
 from pipeline.evaluation import report
@@ -368,6 +369,13 @@ def test_every_field_of_the_configuration_can_be_written_down(tmp_path, monkeypa
     storage.write(str(tmp_path / "again.yaml"), yaml.safe_dump(plain).encode())
     assert nightly.load(str(tmp_path / "again.yaml")) == one
     assert one.source == f"folder:{tmp_path}/raw"
+
+
+def test_the_configuration_in_the_readme_is_one(tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    storage.write(str(tmp_path / "n.yaml"), text.partition("```yaml\n")[2].partition("```")[0].encode())
+    config = nightly.load(str(tmp_path / "n.yaml"))
+    assert nightly.changed(presets.get(config.preset), config.train).augment.crop == "resized"
 
 
 def test_models_lists_shows_promotes_and_tells_the_history(night, capsys, monkeypatch):

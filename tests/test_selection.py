@@ -1,6 +1,8 @@
 """What an epoch holds is a function of keys, weights and position: nothing is short, nothing moves."""
 
+import itertools
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -214,6 +216,34 @@ def test_a_class_weighs_what_it_was_given_and_the_others_one():
     weights = selection.weighted(split, {1: 3, 2: 0})
     assert set(zip(split.label.tolist(), weights.tolist(), strict=True)) == {(0, 1), (1, 3), (2, 0)}
     assert selection.weighted(split, weights) is weights
+
+
+def grown(*sizes):
+    """A split of which each generation brought so many samples."""
+    split, edges = made_up([sum(sizes)]), np.cumsum([0, *sizes])
+    rows = [(f"index/{i:06d}.parquet", 0, int(end - start)) for i, (start, end) in enumerate(itertools.pairwise(edges))]
+    return replace(split, _rows=rows)
+
+
+@pytest.mark.parametrize(("sizes", "generations"), [((900, 100), 1), ((500, 300, 100), 2), ((10, 5000), 1)])
+def test_the_newest_generations_make_up_their_share_of_every_epoch(sizes, generations):
+    split = grown(*sizes)
+    new = split.generation >= len(sizes) - generations
+    assert new.sum() == sum(sizes[len(sizes) - generations :])
+    chosen = selection.choose(split, selection.Selection(recent=0.5, recent_generations=generations), 3)
+    for epoch in range(5):
+        times = chosen.draws.times(epoch)
+        assert abs(times[new].sum() - len(split) / 2) <= 1 + len(np.unique(split.label))
+    both = selection.choose(split, selection.Selection(recent=0.5, recent_generations=generations, balance=True), 3)
+    drawn = both.draws.times(0)
+    assert abs(drawn[new].sum() - len(split) / 2) < 0.05 * len(split) + 4
+    picked = split.take(np.arange(1, len(split), 2))
+    assert np.array_equal(picked.generation, split.generation[1::2])
+
+
+@pytest.mark.parametrize("sizes", [(1000,), (1000, 0), (0, 700)])
+def test_without_two_kinds_each_sample_is_drawn_once(sizes):
+    assert selection.choose(grown(*sizes), selection.Selection(recent=0.5), 3).draws is None
 
 
 def heavy(n, seed=0):

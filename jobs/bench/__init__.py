@@ -4,6 +4,7 @@ millstream bench train        training rate against a bare torch loop with every
 millstream bench load         loading rate against threads that only decode
 millstream bench shard        sharding rate against processes that only decode, resize and encode
 millstream bench checkpoint   seconds that training stands still for a checkpoint, and how fast it is stored
+millstream bench gate         how often the nightly's gate promotes what is no better, and misses what is (no rates)
 """
 
 import difflib
@@ -11,7 +12,7 @@ import importlib
 
 from jobs.command import say
 
-BENCHES = ("train", "load", "shard", "checkpoint")
+BENCHES = ("train", "load", "shard", "checkpoint", "gate")
 
 
 def main(argv: list[str]) -> int:

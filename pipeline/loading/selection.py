@@ -72,18 +72,21 @@ def choose(split: Split, selection: Selection, seed: int) -> Chosen:
     if selection.folds:
         split, held_out = fold(split, selection.folds, selection.fold)
     split = subset(split, selection.fraction)
-    weights = class_balanced(split) if selection.balance else None
+    weights, strata = class_balanced(split) if selection.balance else None, split.label
     if selection.recent:
-        weights = newest_first(split, selection.recent, selection.recent_generations, weights)
-    return Chosen(split, None if weights is None else draws(split, weights, seed), held_out)
+        recent = split.generation >= split.generations - selection.recent_generations
+        weights = newest_first(split, recent, selection.recent, weights)
+        strata = strata + recent * (int(strata.max(initial=0)) + 2)  # so that every epoch keeps to the share
+    if weights is None:
+        return Chosen(split, None, held_out)
+    return Chosen(split, Draws(weighted(split, weights), strata, len(split), seed), held_out)
 
 
 def newest_first(
-    split: Split, share: float, generations: int = 1, weights: np.ndarray | None = None
+    split: Split, recent: np.ndarray, share: float, weights: np.ndarray | None = None
 ) -> np.ndarray | None:
-    """Weights, float64 (n,), under which samples of the newest generations make up `share` of an epoch and the others
+    """Weights, float64 (n,), under which the `recent` samples, bool (n,), make up `share` of an epoch and the others
     the rest; `weights` (None: all alike) hold within each. Where either has none, `weights` as they are."""
-    recent = split.generation >= split.generations - generations
     if recent.all() or not recent.any():
         return weights
     inside = np.ones(len(split)) if weights is None else weights

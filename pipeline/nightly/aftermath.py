@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from pipeline import registry, storage
-from pipeline.nightly import page, record
+from pipeline.nightly import page
 from pipeline.nightly.config import NightConfig
 from pipeline.nightly.night import Night
 
@@ -90,14 +90,12 @@ def _clear(night: Night) -> None:
 def clear(config: NightConfig) -> dict:
     """Deletes versions that nobody needs (`registry.collect`) and the runs of older nights: {versions, runs}."""
     versions = registry.collect(config.registry, config.name, config.keep)
-    kept, gone = record.names(config.root)[: config.keep_runs], []
     folder = storage.join(config.root, "runs")
     try:
         runs = {file.path.partition("/")[0] for file in storage.list_files(folder)}
     except FileNotFoundError:
         runs = set()
-    for run in sorted(runs):
-        if run not in kept and (not kept or run < kept[-1]):
-            storage.delete_tree(storage.join(folder, run))
-            gone.append(run)
+    gone = sorted(runs)[: -config.keep_runs]
+    for run in gone:
+        storage.delete_tree(storage.join(folder, run))
     return {"versions": versions, "runs": gone}

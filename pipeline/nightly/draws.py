@@ -34,14 +34,18 @@ def score(night: Night, opened: Run) -> dict:
         labels.append(batch.labels.numpy()[kept])
     wanted = np.maximum(np.concatenate(labels), 0)  # as many of each class as there are real ones
     task, manifest = restored(opened, newest=True)  # nothing validates a GAN, so none is the best
-    mine, theirs = draw_images(task, wanted, seed=0), None
-    if version := night.champion.version:
-        champion = weights.load(registry.version_path(config.registry, config.name, version))
-        theirs = kid.features(draw_images(champion.task, wanted, seed=0))
-    shown = kid.features(_hwc(np.concatenate(real)))
-    compared = kid.kid_difference(shown, theirs, kid.features(mine))
+    mine, shown = kid.features(draw_images(task, wanted, seed=0)), kid.features(np.concatenate(real))
+
+    def against(version: str | None) -> kid.KidDifference:
+        if version is None:
+            return kid.kid_difference(shown, None, mine)
+        other = weights.load(registry.version_path(config.registry, config.name, version))
+        return kid.kid_difference(shown, kid.features(draw_images(other.task, wanted, seed=0)), mine)
+
+    now = night.champion
+    anchor = against(now.anchor) if now.anchor not in (None, now.version) else None
     size = sum(map(len, weights.files(opened.config.task, task).values())) / 1e6
-    decision = gate.decide_gan(config.gate, look, compared, size_mb=size)
+    decision = gate.decide_gan(config.gate, look, against(now.version), anchor, size_mb=size)
     return {
         "look": look,
         "samples": len(part),
@@ -61,7 +65,3 @@ def hold_against(night: Night, images: str) -> None:
     """RuntimeError if a clean process drew other images than the run."""
     if images != night.results["score"]["images"]:
         raise RuntimeError("the published generator does not draw what the run's does. It is not promoted")
-
-
-def _hwc(images: np.ndarray) -> np.ndarray:
-    return images if images.shape[-1] in (1, 3) else images.transpose(0, 2, 3, 1)

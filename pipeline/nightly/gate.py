@@ -8,8 +8,9 @@ Floors first (accuracy, recall of each class, size, latency), then the compariso
 superior  the challenger is better, and luck would look so in at most `alpha` of nights
 fresh     or, asked for in words: it is worse by less than `margin`, and it knows newer images. One such night is
           harmless and a hundred are not, each a little worse than the last. So the same is asked against the anchor,
-          the last champion that won by floors or by being better: it stands still while fresh models come and go, and
-          what the fresh rule can lose in all stays near one margin.
+          the last champion that won by floors or by being better: it stands still while fresh models come and go. A
+          year in which every night's model is truly worse by 0.1 point than the champion of the day then costs about
+          two margins, one point, where nothing but the champion asked would cost twenty (`millstream bench gate`).
 """
 
 import difflib
@@ -151,7 +152,7 @@ def decide(config: GateConfig, look: int, scores: Scores) -> Decision:
     Without a champion the floors decide alone. Otherwise all floors must hold, and the challenger must be better than
     the champion: `Comparison.p_value` at most `alpha_at`. Under the fresh rule it is enough that its lower bound at
     fresh_alpha, challenger - champion, is above -margin, and the same against the anchor (the module says why).
-    fresh_alpha is not lowered by looks: what a mistake costs there is a margin, once, and the anchor keeps it at that.
+    fresh_alpha is not lowered by looks: a mistake costs little there, and it is the anchor that keeps many from adding.
     """
     alpha = alpha_at(config, look)
     labels, answers = integers("labels", scores.labels), integers("challenger", scores.challenger)
@@ -221,7 +222,7 @@ def _decision(floors: list[dict], better: dict | None, fresh: list[dict], head: 
     else:
         rule, passed, told = "fresh", all(check["passed"] for check in fresh), [better, *fresh]
     if failed := [check for check in floors if not check["passed"]]:
-        reason = "held: " + "; ".join(f"{check['name']} {check['detail']}" for check in failed)
+        reason = "short of its floors: " + "; ".join(f"{check['name']} {check['detail']}" for check in failed)
     else:
         reason = head + "; ".join(check["detail"] for check in told)
     checks = [*floors, *([better] if better else []), *fresh]

@@ -166,7 +166,7 @@ def score(night: Night) -> dict:
         labels=mine.labels,
         challenger=mine.predicted,
         champion=by_version.get(night.champion.version),
-        anchor=by_version.get(night.champion.anchor),
+        anchor=by_version[night.champion.anchor] if len(others) > 1 else None,
         classes=list(opened.facts.classes),
         size_mb=sum(map(len, content.values())) / 1e6,
         latency_ms=_latency(task, opened) if config.gate.max_latency_ms else None,
