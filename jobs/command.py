@@ -188,6 +188,18 @@ def _event(row: dict) -> str:
     return f"saved at {row['saved']:,} samples: {row['why']}" if "saved" in row else row["note"]
 
 
+def shards_done() -> Callable[[int, int, int, int], None]:
+    """Says how far sharding is, once a minute and at its end."""
+    said = [time.monotonic()]
+
+    def show(done: int, total: int, samples: int, rejects: int) -> None:
+        if time.monotonic() - said[0] > _QUIET_S or done == total:
+            said[0] = time.monotonic()
+            say(f"{done:,} of {total:,} shards, {samples:,} samples, {rejects:,} rejected")
+
+    return show
+
+
 def training_rows() -> Callable[[dict], None]:
     """Shows the rows of a training whose length is not known beforehand: validations, events, and a line a minute."""
     said = [time.monotonic()]

@@ -31,7 +31,7 @@ class Args:
     tick: str | None = None
     """Which night; default: the newest by the schedule, or today by UTC without one. now: one of its own."""
     force: bool = False
-    """Train although there is no new data, and on held data's neighbours alone."""
+    """Train although there is nothing new."""
     accept: tuple[int, ...] = ()
     """Let these generations of the dataset in, which were held; nothing else is done."""
     hold: tuple[int, ...] = ()

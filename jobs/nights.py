@@ -4,7 +4,7 @@ import contextlib
 
 from cluster.session import ray_session
 from jobs import presets
-from jobs.command import asked_to_stop, say, training_rows
+from jobs.command import asked_to_stop, say, shards_done, training_rows
 from pipeline import lease
 from pipeline.nightly import stages
 from pipeline.nightly.aftermath import after
@@ -26,7 +26,7 @@ def bring_to_end(config: NightConfig, tick: str, address: str | None, force: boo
                 stack.enter_context(asked_to_stop(stop))  # Ray takes SIGTERM for itself when it starts
 
         stop = stack.enter_context(asked_to_stop())
-        night = Night(config, train, tick, ray, say, training_rows(), stop, force)
+        night = Night(config, train, tick, ray, say, training_rows(), shards_done(), stop, force)
         try:
             result = run(night, stages.STAGES, after=after)
         except lease.Held as held:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,9 +17,10 @@ from jobs.__main__ import main
 from pipeline import registry, storage
 from pipeline.evaluation import report
 from pipeline.nightly import config as nightly
-from pipeline.nightly import holdout, record, verdicts
+from pipeline.nightly import holdout, record, stages, verdicts
 from pipeline.shards import index
 from pipeline.sources.digits import digit_images
+from pipeline.training import checkpoint, fit, weights
 from pipeline.training.run import open_run
 
 BASE = {
@@ -145,8 +147,6 @@ def test_data_of_another_kind_is_held_until_people_let_it_in(night):
 
 
 def test_a_night_killed_while_it_trains_goes_on_from_its_checkpoint(night, monkeypatch):
-    from pipeline.training import fit
-
     night.write(train=BASE["train"] | {"checkpoint_every": 320})
     night.first()
     real = fit.train
@@ -170,20 +170,14 @@ def test_a_night_killed_while_it_trains_goes_on_from_its_checkpoint(night, monke
 
 
 def test_a_published_model_that_answers_otherwise_is_not_promoted(night, monkeypatch):
-    from pipeline.training import weights
-
     night.first()
     real = weights.files
 
     def spoiled(config, task):
-        import torch
-
         with torch.no_grad():
             for parameter in task.modules["average"].parameters():
                 parameter.add_(0.05)
         return real(config, task)
-
-    from pipeline.nightly import stages
 
     monkeypatch.setattr(stages.weights, "files", spoiled)
     ended = night("--tick", "1", code=1)
@@ -200,6 +194,24 @@ def test_limits_and_floors_hold_a_model_back(night):
     checks = {check["name"]: check["passed"] for check in ended["stages"]["score"]["decision"]["checks"]}
     assert checks == {"accuracy": False, "recall of each class": True, "size": False, "latency": True}
     assert night.champion().version is None
+
+
+def test_a_champion_that_counts_its_classes_otherwise_is_compared_by_their_names(night):
+    night.first(600)
+    one = night("--tick", "1")
+    path = registry.version_path(night.config.registry, "digits", one["stages"]["promote"]["version"])
+    model, found = registry.describe(path)["model"], weights.load(path)
+    turned = [*model["facts"]["classes"][3:], *model["facts"]["classes"][:3]]
+    with torch.no_grad():
+        for module in found.task.modules.values():
+            for parameter in list(module.parameters())[-2:]:
+                parameter.copy_(parameter.roll(-3, 0))
+    other = registry.publish(night.config.registry, "digits", weights.files(found.config, found.task),
+                             model | {"facts": model["facts"] | {"classes": turned}}, {})  # fmt: skip
+    registry.promote(night.config.registry, "digits", other, night.champion(), rule="hand", why="")
+    night.write(samples=64, warm_start=False)
+    numbers = night("--tick", "2", "--force")["stages"]["score"]["decision"]["numbers"]
+    assert numbers["champion_accuracy"] == one["stages"]["score"]["decision"]["numbers"]["accuracy"]
 
 
 def test_a_gan_is_retrained_and_judged_by_kid(night):
@@ -242,11 +254,16 @@ def test_changed_items_are_a_mistake_that_says_what_to_do(night):
     assert "prune: true" in ended["reason"]
 
 
-def test_few_new_items_wait_for_more(night):
-    night.first()
-    night("--tick", "1")
-    night.more(150, 155)
-    night.write(min_new=10)
+def test_few_new_items_wait_for_more_and_a_holdout_of_val_chooses_no_checkpoint(night):
+    night.write(holdout="val", train=BASE["train"] | {"checkpoint_every": 640, "keep": 5})
+    night.first(300)
+    one = night("--tick", "1")["stages"]
+    chain = checkpoint.lineage(one["train"]["run"])
+    assert len(chain) > 1
+    assert one["score"]["checkpoint"] == chain[0].name  # validated on the same images, the best would be theirs
+    assert 20 < one["score"]["samples"] < 50
+    night.more(300, 305)
+    night.write(min_new=10, holdout="val")
     assert night("--tick", "2")["reason"] == "5 new items, and min_new is 10: they wait for more"
     assert len(index.load(night.config.data).info["generations"]) == 1
 

@@ -31,8 +31,9 @@ class Stopped(Exception):
 
 @dataclass
 class Night:
-    """What a stage has to work with. ray: starts Ray, if it is not there yet; report: sees rows of training; say: a
-    line for people; stop: set once it is to end early. champion: who is to be beaten, with the tag for the swap."""
+    """What a stage has to work with. ray: starts Ray, if it is not there yet; say: a line for people; report: sees rows
+    of training; sharded: how far sharding is, as `build.build`'s progress; stop: set once it is to end early; champion:
+    who is to be beaten, with the tag for the swap."""
 
     config: NightConfig
     train: TrainConfig
@@ -40,6 +41,7 @@ class Night:
     ray: Callable[[], None] = lambda: None
     say: Callable[[str], None] = lambda line: None
     report: Callable[[dict], None] = lambda row: None
+    sharded: Callable[[int, int, int, int], None] = lambda *counts: None
     stop: threading.Event = field(default_factory=threading.Event)
     force: bool = False
     record: Record | None = None

@@ -70,7 +70,13 @@ def data(night: Night) -> dict:
         workers = config.resources.most
         if workers:
             night.ray()
-        made = build.build(config.source, config.data, config.shard, workers, waiting=night.say,
+
+        def progress(*counts: int) -> None:
+            if night.stop.is_set():  # what is sharded stands
+                raise Stopped
+            night.sharded(*counts)
+
+        made = build.build(config.source, config.data, config.shard, workers, progress, night.say,
                            max_rejects=config.max_rejects, pruning=config.prune)  # fmt: skip
         said = {name: made[name] for name in ("added", "pruned", "rejects")}
     else:
@@ -158,8 +164,11 @@ def score(night: Night) -> dict:
     if resources.most:
         night.ray()
     answers = fit.score(opened, _newest(night), paths, config.data, frozen.generations, frozen.split, resources)
-    by_version = {version: found.predicted for version, found in zip(others, answers[1:], strict=True)}
-    mine = answers[0]
+    mine, classes = answers[0], opened.facts.classes
+    by_version = {
+        version: _in_terms_of(classes, path, found.predicted)
+        for version, path, found in zip(others, paths, answers[1:], strict=True)
+    }
     task, manifest = restored(opened, newest=_newest(night))
     content = weights.files(opened.config.task, task)
     found = gate.Scores(
@@ -167,15 +176,22 @@ def score(night: Night) -> dict:
         challenger=mine.predicted,
         champion=by_version.get(night.champion.version),
         anchor=by_version[night.champion.anchor] if len(others) > 1 else None,
-        classes=list(opened.facts.classes),
+        classes=list(classes),
         size_mb=sum(map(len, content.values())) / 1e6,
         latency_ms=_latency(task, opened) if config.gate.max_latency_ms else None,
     )
     _keep_answers(night, mine, found)
     decision = gate.decide(config.gate, look, found)
-    return _judged(
-        night, {"look": look, "samples": len(rows), "checkpoint": manifest.name, "decision": asdict(decision)}
-    )
+    said = {"look": look, "samples": len(rows), "checkpoint": manifest.name, "device": mine.device}
+    return _judged(night, said | {"decision": asdict(decision)})
+
+
+def _in_terms_of(classes: tuple[str, ...], path: str, predicted: np.ndarray) -> np.ndarray:
+    """A published model's answers as labels of `classes`, by their names; -1 for a class that is not among these. One
+    that was promoted by hand may have been trained on a dataset that counts them otherwise."""
+    number = {name: label for label, name in enumerate(classes)}
+    theirs = registry.describe(path)["model"]["facts"]["classes"]
+    return np.array([number.get(name, -1) for name in theirs], np.int64)[predicted]
 
 
 def _judged(night: Night, said: dict) -> dict:
@@ -266,7 +282,7 @@ def confirm(night: Night) -> dict:
         labels, confidence = kept["challenger"][said["rows"]], kept["confidence"][said["rows"]]
     apart = np.abs(confidence - np.array(said["confidence"], np.float32))
     other = labels != np.array(said["predicted"])
-    allowed = _CLOSE if config.resources.device == "cpu" or not _has_gpu() else _APART
+    allowed = _CLOSE if night.results["score"]["device"] == "cpu" else _APART  # it computes on the CPU
     # On another device a tie may fall the other way: then both were sure of neither.
     if (apart > allowed).any() or (other & (confidence > 0.5 + allowed)).any():
         raise RuntimeError(
@@ -274,12 +290,6 @@ def confirm(night: Night) -> dict:
             f"confidences up to {apart.max():.3g} apart. It is not promoted"
         )
     return {"samples": len(other), "apart": float(apart.max())}
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def promote(night: Night) -> dict:

@@ -101,6 +101,7 @@ class Predictions:
     predicted: np.ndarray
     confidence: np.ndarray
     loss: float
+    device: str = "cpu"  # what kind computed them
 
     @property
     def accuracy(self) -> float:
@@ -203,7 +204,8 @@ def predict(task: Task, facts: Facts, batches: Iterable[Batch], samples: int, wo
             )[:, kept]
     model.train()
     labels, predicted, confidence, each = world.sum_(answers.to(world.device)).cpu().numpy()
-    return Predictions(labels.astype(np.int64), predicted.astype(np.int64), confidence, float(each.mean()))
+    kind = torch.device(world.device).type
+    return Predictions(labels.astype(np.int64), predicted.astype(np.int64), confidence, float(each.mean()), kind)
 
 
 def _gan(config: GanConfig, facts: Facts, optim: OptimConfig, device) -> Task:
