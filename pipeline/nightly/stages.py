@@ -46,12 +46,12 @@ def fresh(night: Night) -> dict:
     if _has_dataset(config.data):  # a night was killed before it judged what it had sharded
         there = [generation["generation"] for generation in index.load(config.data).info["generations"]]
         waiting += [number for number in there if number not in verdicts.read(config.root)]
-    age = (time.time() - last.get("trained_at", 0.0)) / _DAY_S
-    found = {"new": new, "changed": changed, "vanished": vanished, "waiting": waiting, "age_days": round(age, 3)}
+    age = round((time.time() - last["trained_at"]) / _DAY_S, 6) if last.get("trained_at") else None
+    found = {"new": new, "changed": changed, "vanished": vanished, "waiting": waiting, "age_days": age}
     pruning = config.prune and (changed or vanished)
     if night.force or pruning or waiting or (new and new >= config.min_new):
         return found
-    if trained and config.max_age_days and age >= config.max_age_days:
+    if age is not None and config.max_age_days and age >= config.max_age_days:
         return found | {"aged": True}
     if new:
         why = f"{new} new items, and min_new is {config.min_new}: they wait for more"
