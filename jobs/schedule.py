@@ -1,5 +1,6 @@
 """Runs a nightly when its schedule says, in the foreground; or prints the files with which others would."""
 
+import contextlib
 import json
 import logging
 import os
@@ -41,8 +42,8 @@ class Args:
 
     A night that comes while one runs follows it, the newest of them alone. One that failed is tried again after 1 and
     5 minutes, not if CONFIG is at fault; either way the next one comes. The first Ctrl-C or SIGTERM has the running
-    night save and waits for it; the second kills it. SIGKILL here leaves the night running: it is claimed, and whoever
-    starts it again waits for it or goes on from it. The schedule is read at the start, the rest of CONFIG each night.
+    night save and waits for it; the second kills it. SIGKILL here leaves the night running: it is claimed, and nobody
+    runs it a second time meanwhile. The schedule is read at the start, the rest of CONFIG each night.
     """
 
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG")]
@@ -139,10 +140,8 @@ class Nights:
         """SIGKILL to the night and what it started."""
         with self.hand:
             if self.child:
-                try:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
                     os.killpg(self.child.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass  # it has just ended
 
     def wait(self) -> None:
         """Returns once no night runs; a signal's handler is run meanwhile."""
@@ -212,7 +211,7 @@ def follow(nights: Nights, catch_up: bool) -> int:
     try:
         scheduler.start()
         looks = 0
-        # No stop.wait() here: its handler runs in this thread, and could come while wait() holds the lock it needs.
+        # No stop.wait() here: the handler runs in this thread, and would hang if wait() just held the lock it needs.
         while not nights.stop.is_set():
             time.sleep(_LOOK_S)
             looks += 1

@@ -266,8 +266,8 @@ def pinned(root: str, name: str) -> dict[str, str]:
 
 
 def collect(root: str, name: str, keep: int) -> list[str]:
-    """Deletes the versions that are neither champion, anchor, one of the `keep` champions before it, nor pinned, and
-    that are older than the champion; returns them.
+    """Deletes the versions that were champion, or that a night made, and are older than the champion; neither its
+    anchor, nor one of the `keep` champions before it, nor what is pinned. Returns them.
 
     They are named in champion.json first: a promotion or rollback to one of them that began before is refused by the
     swap, and one that begins after sees it.
@@ -278,7 +278,13 @@ def collect(root: str, name: str, keep: int) -> list[str]:
     line = seen.line[-1 - keep :]
     kept = {*line, seen.version, seen.anchor, *pinned(root, name)}
     since = next((info["created"] for info in everything if info["version"] == seen.version), "")
-    doomed = tuple(i["version"] for i in everything if i["version"] not in kept and i["created"] < since)
+    doomed = tuple(
+        info["version"]
+        for info in everything
+        if info["version"] not in kept
+        and info["created"] < since
+        and (info["version"] in seen.line or info.get("lineage", {}).get("night"))  # not what waits for its promotion
+    )
     if not doomed and not seen.leaving:
         return []
     try:

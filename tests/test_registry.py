@@ -137,15 +137,14 @@ def test_the_anchor_stays_while_fresh_models_come_and_go(place):
 
 
 def test_what_nobody_needs_is_collected_and_cannot_be_promoted_meanwhile(place):
-    a, b, c, d, e = (publish(place, name) for name in "abcde")
+    a, b, c, e, d = (publish(place, name) for name in "abced")  # e was published by hand, and waits
     for version in (a, b, c, d):
         promote(place, version)
     registry.pin(place, "cats", a, "of record")
     before = registry.champion(place, "cats")
     newer = publish(place, "f")  # published after the champion: a night may be about to promote it
-    gone = registry.collect(place, "cats", keep=1)
-    assert gone == [b] or set(gone) == {b, e}
-    assert {info["version"] for info in registry.versions(place, "cats")} >= {a, c, d, newer}
+    assert registry.collect(place, "cats", keep=1) == [b]
+    assert {info["version"] for info in registry.versions(place, "cats")} == {a, c, d, e, newer}
     with pytest.raises(Conflict):
         registry.promote(place, "cats", newer, before, rule="superior", why="")
     with pytest.raises(ValueError, match="no version"):
