@@ -31,7 +31,7 @@ from pipeline.nightly.config import load as load_config
 
 _PAUSES_S = (60.0, 300.0)  # before a night that failed is tried again
 # It ended well, by the user's mistake, or because somebody stopped it: the same again would end the same.
-_FINAL = {0, 2, 130, 143, -signal.SIGINT, -signal.SIGTERM}
+_FINAL = {0, 2, 130, 143}
 _LOOK_S, _WAKE_S = 0.2, 30.0  # for a signal; at the clock, which a suspended machine has moved on
 _LONGEST_S, _MOST = 366 * 86400, 500  # how many ticks tell the shortest time between two
 
@@ -167,7 +167,7 @@ class Nights:
             print(json.dumps({"tick": tick, "exit_code": code, "seconds": seconds}), flush=True)
 
     def _process(self, tick: str) -> int | None:
-        """The exit code of one try at a night; None if it was not to start any more."""
+        """The exit code of one try at a night, as shells give it; None if it was not to start any more."""
         try:
             with self.hand:
                 if self.stop.is_set():
@@ -177,7 +177,8 @@ class Nights:
                 self.child = subprocess.Popen(
                     _command(self.path, tick), stdin=subprocess.DEVNULL, stdout=out, process_group=0
                 )
-            return self.child.wait()
+            code = self.child.wait()
+            return code if code >= 0 else 128 - code
         except OSError as error:  # no memory for another process, say: later there may be
             say(f"{tick}: cannot be started: {error}")
             return 1

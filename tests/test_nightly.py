@@ -128,6 +128,18 @@ def test_data_of_another_kind_is_held_until_people_let_it_in(night):
     night("--tick", "1")
     night.more(400, 700, look=lambda image: image // 4)
     night.write(notify_on=["held"])
+    real, given = record.Record.mark, []
+
+    def killed(self, stage, *results, **more):
+        if stage == "data" and not given:
+            given.append(verdicts.read(night.config.root)[1]["verdict"])
+            raise KeyboardInterrupt
+        return real(self, stage, *results, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(record.Record, "mark", killed)
+        night("--tick", "2", code=130)
+    assert given == ["held"]  # killed between the verdict and its note: the reason is found again
     two = night("--tick", "2")
     assert two["outcome"] == "skipped"
     assert "generation 1 is held" in two["reason"]

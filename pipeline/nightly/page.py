@@ -10,7 +10,7 @@ from pipeline.nightly.config import NightConfig
 from pipeline.nightly.profile import Profile
 from pipeline.training import checkpoint
 
-LISTED = 400  # nights on the index page
+LISTED = 100  # nights on the index page: each is a file to read
 
 
 def night(config: NightConfig, doc: dict) -> str:

@@ -81,17 +81,17 @@ def data(night: Night) -> dict:
         said = {name: made[name] for name in ("added", "pruned", "rejects")}
     else:
         said = {"added": 0, "pruned": 0, "rejects": {}}
-    dataset, known = index.load(config.data), verdicts.read(config.root)
+    dataset, known, judge = index.load(config.data), verdicts.read(config.root), f"the night {night.tick}"
     numbers = [generation["generation"] for generation in dataset.info["generations"]]
-    new = [number for number in numbers if number not in known]
-    accepted = [number for number in numbers if known.get(number, {}).get("verdict") == verdicts.ACCEPTED]
+    new = [number for number in numbers if known.get(number, {"by": judge})["by"] == judge]  # before a kill, too
+    accepted = [number for number in numbers if number not in new and known[number]["verdict"] == verdicts.ACCEPTED]
     report = None
     if new and accepted:
         before, now = (profile.measure(dataset, part, config.drift.images) for part in (_known(night, accepted), new))
         report = drift.compare(before, now, config.drift)
         said |= {"report": asdict(report), "before": asdict(before), "now": asdict(now)}
     verdict = verdicts.HELD if report and report.verdict == "fail" else verdicts.ACCEPTED
-    verdicts.give(config.root, new, verdict, report.reason if report else "the first data", f"the night {night.tick}")
+    verdicts.give(config.root, new, verdict, report.reason if report else "the first data", judge)
     accepted = verdicts.accepted(config.root)
     generations = [number for number in numbers if number in accepted]
     said |= {"new": new, "verdict": verdict if new else "", "generations": generations}
