@@ -73,24 +73,27 @@ def execute(run: Callable[[], dict | None], as_json: bool) -> int:
 
 
 class Stop(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM; `exit_code` says which, as shells do."""
+    """Set by the first Ctrl-C or SIGTERM; `exit_code` says which, as shells do. The second ends work at once."""
 
     exit_code = 0
 
+    def listen(self) -> dict:
+        """Takes the two signals, also from who took them meanwhile (Ray, when it starts); returns the handlers before."""
+        return {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
-@contextlib.contextmanager
-def asked_to_stop(stop: Stop | None = None) -> Iterator[Stop]:
-    """What Ctrl-C and SIGTERM set (`stop`, or a new one), so that work can end in order; the second ends it at once."""
-    stop = stop or Stop()
-
-    def note(number, frame) -> None:
-        if stop.is_set():
+    def _note(self, number, frame) -> None:
+        if self.is_set():
             raise KeyboardInterrupt
-        stop.exit_code = 128 + number
-        stop.set()
+        self.exit_code = 128 + number
+        self.set()
         say("stopping after the step in flight, with a checkpoint; once more stops at once")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Stop]:
+    """What Ctrl-C and SIGTERM set, so that work can end in order; the second ends it at once."""
+    stop = Stop()
+    before = stop.listen()
     try:
         yield stop
     finally:

@@ -23,7 +23,7 @@ def bring_to_end(config: NightConfig, tick: str, address: str | None, force: boo
         def ray() -> None:
             if not there:
                 there.append(stack.enter_context(ray_session(config.resources.most, address)))
-                stack.enter_context(asked_to_stop(stop))  # Ray takes SIGTERM for itself when it starts
+                stop.listen()  # Ray took SIGTERM for itself when it started, and would end us with its session
 
         stop = stack.enter_context(asked_to_stop())
         night = Night(config, train, tick, ray, say, training_rows(), shards_done(), stop, force)
