@@ -78,7 +78,7 @@ class Stop(threading.Event):
     exit_code = 0
 
     def listen(self) -> dict:
-        """Takes the two signals, also from who took them meanwhile (Ray, when it starts); returns the handlers before."""
+        """Takes the two signals, also from who took them meanwhile, as Ray does; returns the handlers before."""
         return {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number, frame) -> None:
