@@ -1,3 +1,4 @@
+import functools
 import os
 import uuid
 
@@ -75,6 +76,16 @@ def ray_local(s3):
 
     with ray_session(2):
         yield ray
+
+
+@pytest.fixture(scope="module")
+def schemas_read_once():
+    """kubernetes-validate parses 4 MB of JSON at each call: nothing for a person with a file, minutes for our tests."""
+    from kubernetes_validate import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
+        yield
 
 
 @pytest.fixture(scope="session")

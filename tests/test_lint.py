@@ -1,7 +1,6 @@
 """Each trap in a cluster file is named, and nothing is found in a file that has none."""
 
 import contextlib
-import functools
 import itertools
 import json
 import subprocess
@@ -18,14 +17,7 @@ ROOT = Path(__file__).parents[1]
 OURS = [ROOT / "cluster/aws.yaml", ROOT / "cluster/gcp.yaml", *sorted((ROOT / "cluster/kuberay").glob("*.yaml"))]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def schemas_are_read_once():
-    """kubernetes-validate parses 4 MB of JSON at each call: nothing for a person with a file, a minute for this one."""
-    from kubernetes_validate import utils
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(utils, "schema_contents", functools.cache(utils.schema_contents))
-        yield
+pytestmark = pytest.mark.usefixtures("schemas_read_once")
 
 
 def written(tmp_path, *documents: dict) -> list[str]:

@@ -91,14 +91,14 @@ def foreground(tmp_path, monkeypatch):
 
 
 def test_each_tick_has_its_night_under_its_name(foreground):
-    times = ticks_at(1, 2.5, 4)
+    times = ticks_at(2, 4.5, 7)
     foreground.start("exit 0", times)
     wait_for(foreground.quiet, 20, "end of three nights")
     assert foreground.started() == [times.name(t) for t in times.times]
 
 
 def test_nights_never_overlap_and_the_newest_of_those_missed_follows(foreground):
-    times = ticks_at(1, 3.5, 3.6, 3.7, 3.8)
+    times = ticks_at(2, 5.5, 5.6, 5.7, 5.8)
     foreground.start("until [ -e {gate} ]; do sleep 0.02; done; echo end $1 >> {log}", times)
     wait_for(foreground.lines, 20, "first night")
     wait_for(lambda: datetime.now(UTC) > times.times[-1] + timedelta(seconds=0.3), 20, "four more ticks")
@@ -110,7 +110,7 @@ def test_nights_never_overlap_and_the_newest_of_those_missed_follows(foreground)
 
 
 def test_a_night_that_is_due_while_one_runs_is_told_of(foreground, capfd):
-    times = ticks_at(1, 3)
+    times = ticks_at(2, 5)
     foreground.start("until [ -e {gate} ]; do sleep 0.02; done", times)
     said = []
     wait_for(lambda: said.append(capfd.readouterr().err) or "follows it" in "".join(said), 20, "a line on it")
@@ -120,7 +120,7 @@ def test_a_night_that_is_due_while_one_runs_is_told_of(foreground, capfd):
 
 
 def test_a_night_that_fails_is_tried_twice_more_and_the_next_one_comes(foreground):
-    times = ticks_at(1, 4)
+    times = ticks_at(2, 6)
     foreground.start("exit 1", times)
     wait_for(foreground.quiet, 20, "end of the nights")
     first, second = map(times.name, times.times)
@@ -128,7 +128,7 @@ def test_a_night_that_fails_is_tried_twice_more_and_the_next_one_comes(foregroun
 
 
 def test_a_night_is_tried_again_until_it_succeeds(foreground, capfd):
-    foreground.start("[ -e {gate} ] && exit 0; touch {gate}; kill -9 $$", ticks_at(1), as_json=True)
+    foreground.start("[ -e {gate} ] && exit 0; touch {gate}; kill -9 $$", ticks_at(2), as_json=True)
     wait_for(foreground.quiet, 20, "end of the night")
     assert len(foreground.started()) == 2
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -140,7 +140,7 @@ def test_a_night_is_tried_again_until_it_succeeds(foreground, capfd):
     [("exit 2", 2), ("exit 130", 130), ("exit 143", 143), ("kill -TERM $$", 143), ("kill -INT $$", 130)],
 )
 def test_a_mistake_and_a_night_that_somebody_stopped_are_not_tried_again(foreground, capfd, ends, code):
-    foreground.start(ends, ticks_at(1, 3), as_json=True)
+    foreground.start(ends, ticks_at(2, 5), as_json=True)
     wait_for(foreground.quiet, 20, "end of the nights")
     assert len(foreground.started()) == len(set(foreground.started())) == 2
     assert [json.loads(line)["exit_code"] for line in capfd.readouterr().out.splitlines()] == [code, code]
@@ -152,7 +152,7 @@ def test_the_pauses_are_one_minute_and_five():
 
 def test_the_end_does_not_wait_for_a_pause(foreground, monkeypatch):
     monkeypatch.setattr(schedule, "_PAUSES_S", (1000.0, 1000.0))
-    foreground.start("echo failed >> {log}; exit 1", ticks_at(1))
+    foreground.start("echo failed >> {log}; exit 1", ticks_at(2))
     wait_for(lambda: "failed" in foreground.lines() and foreground.nights.child is None, 20, "pause")
     foreground.stop.set()
     foreground.thread.join(10)
@@ -161,7 +161,7 @@ def test_the_end_does_not_wait_for_a_pause(foreground, monkeypatch):
 
 
 def test_a_night_that_cannot_be_started_does_not_end_the_scheduler(foreground, monkeypatch):
-    times = ticks_at(1, 4)
+    times = ticks_at(2, 6)
     foreground.start("exit 0", times)
     runs, there = [], schedule._command
 
@@ -184,7 +184,7 @@ def test_a_missed_night_is_made_up_for_if_asked(foreground):
 
 
 def test_a_missed_night_is_left_alone_otherwise(foreground):
-    times = ticks_at(-7200, -3600, 1)
+    times = ticks_at(-7200, -3600, 2)
     foreground.start("exit 0", times)
     wait_for(foreground.quiet, 20, "end of the night")
     assert foreground.started() == [times.name(times.times[2])]
@@ -243,7 +243,7 @@ from jobs import schedule
 from test_schedule import ticks_at
 
 def soon(*args, follow=schedule.follow):
-    schedule.ticks = ticks_at(1)
+    schedule.ticks = ticks_at(2)
     return follow(*args)
 
 schedule.follow = soon
@@ -442,7 +442,7 @@ CRONS = ["0 2 * * *", "30 1 1,15 jan,jul *", "*/15 9-17 * * mon-fri", "0 2 13 * 
         ("raycron", {"image": "r.example/m:1.2"}),
     ],
 )
-def test_kubernetes_files_have_no_finding(tmp_path, kind, more, cron, zone):
+def test_kubernetes_files_have_no_finding(schemas_read_once, tmp_path, kind, more, cron, zone):
     (tmp_path / "timer.yaml").write_text(render(kind, cron, zone, **more))
     assert lint([str(tmp_path / "timer.yaml")]) == []
 
