@@ -20,7 +20,7 @@ IMAGES = 2000  # compared at most
 SHOWN = 64  # drawn again by the clean process
 
 
-def score(night: Night, opened: Run) -> dict:
+def score(night: Night, opened: Run, newest: bool) -> dict:
     """{look, samples, checkpoint, decision, images: SHA-256 of the first draws}; see `kid` for what is measured."""
     config = night.config
     frozen = holdout.read(config.root)
@@ -33,7 +33,7 @@ def score(night: Night, opened: Run) -> dict:
         real.append(batch.images.numpy()[kept])
         labels.append(batch.labels.numpy()[kept])
     wanted = np.maximum(np.concatenate(labels), 0)  # as many of each class as there are real ones
-    task, manifest = restored(opened, newest=True)  # nothing validates a GAN, so none is the best
+    task, manifest = restored(opened, newest=newest)
     mine, shown = kid.features(draw_images(task, wanted, seed=0)), kid.features(np.concatenate(real))
 
     def against(version: str | None) -> kid.KidDifference:
@@ -61,7 +61,8 @@ def digest(task: Task, classes: int) -> str:
     return hashlib.sha256(draw_images(task, labels.astype(np.int64), seed=0).tobytes()).hexdigest()
 
 
-def hold_against(night: Night, images: str) -> None:
-    """RuntimeError if a clean process drew other images than the run."""
-    if images != night.results["score"]["images"]:
+def hold_against(night: Night, said: dict) -> dict:
+    """{samples}. RuntimeError if a clean process drew other images than the run."""
+    if said["images"] != night.results["score"]["images"]:
         raise RuntimeError("the published generator does not draw what the run's does. It is not promoted")
+    return {"samples": said["samples"]}

@@ -2,7 +2,6 @@
 ends it.
 """
 
-import io
 import json
 import os
 import subprocess
@@ -10,22 +9,19 @@ import sys
 import time
 from dataclasses import asdict, replace
 
-import numpy as np
-
 from pipeline import registry, storage
 from pipeline.loading.selection import choose
-from pipeline.nightly import drift, gate, holdout, profile, record, verdicts
+from pipeline.nightly import answers, draws, drift, holdout, profile, record, verdicts
 from pipeline.nightly.night import Night, Stage, Stopped
 from pipeline.shards import build, index, pinned
 from pipeline.training import fit, weights
 from pipeline.training.rank import restored
-from pipeline.training.run import Run, open_run, start
+from pipeline.training.run import open_run, start
 from pipeline.training.tasks import GanConfig
 
 _DAY_S = 86_400.0
 _CONFIRM_S = 1800.0
 _CONFIRMED = 512  # samples of the holdout
-_CLOSE, _APART = 1e-3, 0.02  # confidences may differ by so much, on the same kind of device and on another
 
 
 def fresh(night: Night) -> dict:
@@ -149,93 +145,24 @@ def _tonight(night: Night, dataset: index.Dataset, numbers: list[int]):
 
 
 def score(night: Night) -> dict:
-    """Challenger and champion on the frozen holdout, by the same ranks, and what the gate says of the two."""
-    config, resources = night.config, night.config.resources
+    """Challenger and champion on the frozen holdout, and what the gate says of the two."""
     opened = open_run(night.results["train"]["run"])
-    if isinstance(opened.config.task, GanConfig):
-        from pipeline.nightly import draws
-
-        return _judged(night, draws.score(night, opened))
-    frozen = holdout.read(config.root)
-    rows = frozen.rows(index.load(config.data))
-    look = holdout.look(config.root, night.tick)
-    others = [v for v in dict.fromkeys((night.champion.version, night.champion.anchor)) if v]
-    paths = [registry.version_path(config.registry, config.name, version) for version in others]
-    if resources.most:
-        night.ray()
-    answers = fit.score(opened, _newest(night), paths, config.data, frozen.generations, frozen.split, resources)
-    mine, classes = answers[0], opened.facts.classes
-    by_version = {
-        version: _in_terms_of(classes, path, found.predicted)
-        for version, path, found in zip(others, paths, answers[1:], strict=True)
-    }
-    task, manifest = restored(opened, newest=_newest(night))
-    content = weights.files(opened.config.task, task)
-    found = gate.Scores(
-        labels=mine.labels,
-        challenger=mine.predicted,
-        champion=by_version.get(night.champion.version),
-        anchor=by_version[night.champion.anchor] if len(others) > 1 else None,
-        classes=list(classes),
-        size_mb=sum(map(len, content.values())) / 1e6,
-        latency_ms=_latency(task, opened) if config.gate.max_latency_ms else None,
-    )
-    _keep_answers(night, mine, found)
-    decision = gate.decide(config.gate, look, found)
-    said = {"look": look, "samples": len(rows), "checkpoint": manifest.name, "device": mine.device}
-    return _judged(night, said | {"decision": asdict(decision)})
-
-
-def _in_terms_of(classes: tuple[str, ...], path: str, predicted: np.ndarray) -> np.ndarray:
-    """A published model's answers as labels of `classes`, by their names; -1 for a class that is not among these. One
-    that was promoted by hand may have been trained on a dataset that counts them otherwise."""
-    number = {name: label for label, name in enumerate(classes)}
-    theirs = registry.describe(path)["model"]["facts"]["classes"]
-    return np.array([number.get(name, -1) for name in theirs], np.int64)[predicted]
-
-
-def _judged(night: Night, said: dict) -> dict:
+    said = (draws if isinstance(opened.config.task, GanConfig) else answers).score(night, opened, newest(night))
     said |= {"champion": night.champion.version, "anchor": night.champion.anchor}
     decision = said["decision"]
     return said if decision["promote"] else said | {"outcome": "rejected", "reason": decision["reason"]}
 
 
-def _newest(night: Night) -> bool:
-    """Whether the last checkpoint is taken: the best would be the best on the holdout itself."""
+def newest(night: Night) -> bool:
+    """Whether the last checkpoint is taken, not the best: chosen on a holdout that training validates on, it would be the
+    best on these images; and nothing validates a GAN."""
     return night.config.holdout == "val" or isinstance(night.train.task, GanConfig)
-
-
-def _latency(task, opened: Run, repeats: int = 30) -> float:
-    """Median time of one image through the model on this machine's CPU, ms."""
-    import torch
-
-    module = task.modules.get("average", task.modules["model"]).eval()
-    image = torch.zeros(1, opened.facts.channels, opened.facts.image_size, opened.facts.image_size)
-    times = []
-    with torch.inference_mode():
-        for _ in range(repeats):
-            began = time.perf_counter()
-            module(image)
-            times.append(time.perf_counter() - began)
-    return float(np.median(times[repeats // 5 :])) * 1e3
-
-
-def _keep_answers(night: Night, mine, found) -> None:
-    columns = {"labels": mine.labels, "challenger": mine.predicted, "confidence": mine.confidence.astype(np.float32)}
-    columns |= {name: values for name in ("champion", "anchor") if (values := getattr(found, name)) is not None}
-    packed = io.BytesIO()
-    np.savez_compressed(packed, **columns)
-    storage.write(_answers(night), packed.getvalue())
-
-
-def _answers(night: Night) -> str:
-    return storage.join(night.config.run_path(night.tick), "answers.npz")
 
 
 def publish(night: Night) -> dict:
     """The challenger becomes a version of the registry; nobody is promoted yet."""
     config, opened = night.config, open_run(night.results["train"]["run"])
-    task, manifest = restored(opened, newest=_newest(night))
+    task, manifest = restored(opened, newest=newest(night))
     frozen, numbers = holdout.read(config.root), night.results["data"]["generations"]
     lineage = {
         "data": config.data,
@@ -273,23 +200,7 @@ def confirm(night: Night) -> dict:
         why = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise RuntimeError(f"{path} cannot be used by a clean process: {why}")
     said = json.loads(done.stdout)
-    if "images" in said:  # of a GAN: the same latents must give the same images
-        from pipeline.nightly import draws
-
-        draws.hold_against(night, said["images"])
-        return {"samples": said["samples"]}
-    with np.load(io.BytesIO(storage.read(_answers(night)))) as kept:
-        labels, confidence = kept["challenger"][said["rows"]], kept["confidence"][said["rows"]]
-    apart = np.abs(confidence - np.array(said["confidence"], np.float32))
-    other = labels != np.array(said["predicted"])
-    allowed = _CLOSE if night.results["score"]["device"] == "cpu" else _APART  # it computes on the CPU
-    # On another device a tie may fall the other way: then both were sure of neither.
-    if (apart > allowed).any() or (other & (confidence > 0.5 + allowed)).any():
-        raise RuntimeError(
-            f"{path} does not answer as the run did: {int(other.sum())} of {len(other)} samples another class, "
-            f"confidences up to {apart.max():.3g} apart. It is not promoted"
-        )
-    return {"samples": len(other), "apart": float(apart.max())}
+    return (draws if "images" in said else answers).hold_against(night, said)
 
 
 def promote(night: Night) -> dict:
