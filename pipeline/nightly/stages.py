@@ -154,8 +154,8 @@ def score(night: Night) -> dict:
 
 
 def newest(night: Night) -> bool:
-    """Whether the last checkpoint is taken, not the best: chosen on a holdout that training validates on, it would be the
-    best on these images; and nothing validates a GAN."""
+    """Whether the last checkpoint is taken, not the best: that would be the best on the holdout itself where training
+    validates on it; and nothing validates a GAN."""
     return night.config.holdout == "val" or isinstance(night.train.task, GanConfig)
 
 
