@@ -94,6 +94,7 @@ class Host:
     def _keep(self, head: "Host | None", env: dict[str, str], cpus: int, labels: dict[str, str]) -> None:
         base = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "AWS_", "PYTHONPATH"))}
         base |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "HOME": self.folder}
+        base["TMPDIR"] = self.folder  # of jobs that are killed
         base |= {"RAY_JOB_STOP_WAIT_TIME_S": "30", "PATH": f"{Path(sys.executable).parent}:{base['PATH']}"} | env
         command = [
             *self.within,

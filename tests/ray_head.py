@@ -49,6 +49,7 @@ class RayHead:
         env |= {"RAY_AUTH_TOKEN": self.token} if self.token else {}
         env |= {
             "HOME": self.folder,
+            "TMPDIR": self.folder,  # of jobs that are killed
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
             "PATH": f"{Path(sys.executable).parent}:{env['PATH']}",
         }
