@@ -10,8 +10,6 @@ from rich.table import Table
 from jobs.command import absolute, console, execute, parse, say
 from pipeline import registry, storage
 
-_WORDS = ("list", "show", "promote", "rollback", "history", "publish", "pin", "unpin")
-
 
 @dataclass(frozen=True)
 class Args:
@@ -39,8 +37,8 @@ class Args:
 
 
 def run(args: Args) -> dict:
-    if args.what not in _WORDS:
-        raise ValueError(f"{args.what!r}: {', '.join(_WORDS[:-1])} or {_WORDS[-1]}")
+    if args.what not in _DOES:
+        raise ValueError(f"{args.what!r}: {', '.join(_DOES)}")
     given = args.models or os.environ.get("MILLSTREAM_MODELS", "")
     if not given:
         raise ValueError("say where the models are: --models s3://bucket/models, or MILLSTREAM_MODELS")
@@ -50,7 +48,9 @@ def run(args: Args) -> dict:
     if not args.name or (args.what in ("promote", "publish", "pin", "unpin") and not args.which):
         wanted = {"publish": " RUN", "promote": " VERSION", "pin": " VERSION", "unpin": " VERSION"}.get(args.what, "")
         raise ValueError(f"millstream models {args.what} NAME{wanted}")
-    return globals()[f"_{args.what}"](root, args)
+    if args.what != "publish" and args.name not in (there := registry.names(root)):
+        raise ValueError(f"no model {args.name!r} in {root}: there are {', '.join(there) or 'none'}")
+    return _DOES[args.what](root, args)
 
 
 def _models(root: str) -> dict:
@@ -59,7 +59,7 @@ def _models(root: str) -> dict:
         now, versions = registry.champion(root, name), registry.versions(root, name)
         found[name] = {"champion": now.version, "since": now.time, "versions": len(versions)}
         table.add_row(name, now.version or "none", now.time[:19], str(len(versions)))
-    console.print(table)
+    console.print(table) if found else say(f"no models in {root}")
     return {"models": found}
 
 
@@ -77,8 +77,6 @@ def _list(root: str, args: Args) -> dict:
         table.add_row(
             version, info["created"][:19], "" if accuracy is None else f"{accuracy:.4f}", night, " ".join(marks)
         )
-    if not rows and args.name not in registry.names(root):
-        raise ValueError(f"no model {args.name!r} in {root}: there are {', '.join(registry.names(root)) or 'none'}")
     console.print(table)
     return {"name": args.name, "champion": now.version, "versions": rows}
 
@@ -146,6 +144,10 @@ def _pin(root: str, args: Args) -> dict:
 def _unpin(root: str, args: Args) -> dict:
     registry.unpin(root, args.name, args.which)
     return {"name": args.name, "pinned": registry.pinned(root, args.name)}
+
+
+_DOES = {"list": _list, "show": _show, "promote": _promote, "rollback": _rollback, "history": _history}
+_DOES |= {"publish": _publish, "pin": _pin, "unpin": _unpin}
 
 
 def main(argv: list[str]) -> int:

@@ -434,7 +434,10 @@ def test_models_lists_shows_promotes_and_tells_the_history(night, capsys, monkey
     assert models("unpin", "digits", other)["pinned"] == {}
     models("promote", "digits", other, code=2)
     assert "was rolled back, and is blocked" in models.said
-    models("show", "nobody", code=2)
+    for what in ("show", "list", "history", "rollback"):
+        models(what, "nobody", code=2)
+        assert "no model 'nobody'" in models.said
+        assert "there are digits" in " ".join(models.said.split())
     models("promote", "digits", code=2)
     assert "millstream models promote NAME VERSION" in models.said
     models("lsit", code=2)

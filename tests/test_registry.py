@@ -173,6 +173,14 @@ def test_a_name_says_where_and_which(tmp_path, monkeypatch):
             registry.resolve(wrong)
 
 
+def test_a_bucket_that_is_not_there_is_no_empty_registry(s3, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no bucket"):
+        registry.names("s3://millstream-nowhere/models")
+    assert registry.names(str(tmp_path / "nowhere")) == []
+    with pytest.raises(ValueError, match="cats has no champion in"):
+        registry.rollback(str(tmp_path), "cats", "")
+
+
 def test_a_champion_file_that_cannot_be_read_is_named(tmp_path):
     storage.write(str(tmp_path / "cats" / "champion.json"), b'{"who": 1}')
     with pytest.raises(ValueError, match=r"champion\.json cannot be read"):

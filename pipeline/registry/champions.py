@@ -103,7 +103,8 @@ def rollback(root: str, name: str, why: str, to: str | None = None) -> Champion:
     seen = champion(root, name)
     to = to or seen.previous
     if to is None:
-        raise ValueError(f"{name} has no champion before {seen.version or 'the first'} to go back to")
+        now = f"before {seen.version} to go back to" if seen.version else f"in {root}"
+        raise ValueError(f"{name} has no champion {now}")
     if to not in seen.line[:-1]:
         raise ValueError(
             f"{to} was not champion of {name} before {seen.version}: {', '.join(seen.line[:-1]) or 'none'}"

@@ -18,9 +18,12 @@ def place(root: str, name: str, rest: str) -> str:
 
 
 def listing(folder: str) -> list[str]:
+    """The files below a folder, none where there is none. FileNotFoundError if there is no such bucket."""
     try:
         return [file.path for file in storage.list_files(folder)]
     except FileNotFoundError:
+        if storage.is_remote(folder):
+            raise
         return []
 
 
