@@ -1,5 +1,6 @@
 """Training on workers: the same bits as in one process, at any number of them and after any death."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -23,6 +24,24 @@ from pipeline.training.resources import Resources
 from pipeline.training.run import start
 
 HERE = Resources(workers=0, threads=1)
+
+
+def held(step, over):
+    """What a rank does (`fit._train_body`), but before that step it waits until `over(contact)`: what a test does to a
+    run finds it at work, however fast the machine."""
+
+    def body(run, resources, world, threads, contact):
+        calls = iter(range(1, 1 << 40))
+
+        def asked():
+            if next(calls) == step:
+                while not over(contact):
+                    time.sleep(0.05)
+            return contact.asked()
+
+        return train_rank(run, world, resources, threads, dataclasses.replace(contact, asked=asked))
+
+    return body
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +103,12 @@ def rank_processes() -> list[int]:
 
 
 @pytest.mark.timeout(200)
-def test_a_killed_worker_is_replaced_and_the_run_ends_alike(ray_local, digits, tmp_path):
+def test_a_killed_worker_is_replaced_and_the_run_ends_alike(ray_local, digits, tmp_path, monkeypatch):
     """And while it runs, another training of it is told who has it."""
     config = runs.cnn(epochs=6, checkpoint_every=256)
     run = start(str(tmp_path / "run"), "test", config, digits, 2)
-    told, killed = [], []
+    told, killed, go = [], [], tmp_path / "go"
+    monkeypatch.setattr(fit, "_train_body", held(20, lambda contact: os.path.exists(go)))
 
     def disturb():
         wait_for(lambda: checkpoint.lineage(run.path), 120, "checkpoint")
@@ -99,6 +119,7 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_alike(ray_local, digits, t
         pid = wait_for(rank_processes, 10, "worker")[0]
         os.kill(pid, signal.SIGKILL)
         killed.append(pid)
+        go.touch()
 
     rows = []
     thread = threading.Thread(target=disturb)
@@ -161,7 +182,10 @@ def test_what_a_worker_cannot_do_surfaces_as_itself_and_is_not_tried_again(ray_l
     assert time.monotonic() - before < 60
 
 
-def test_workers_asked_to_stop_save_the_step_in_flight_and_the_run_goes_on_alike(ray_local, digits, whole, tmp_path):
+def test_workers_asked_to_stop_save_the_step_in_flight_and_the_run_goes_on_alike(
+    ray_local, digits, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fit, "_train_body", held(4, lambda contact: contact.asked()))
     run, stop, seen = start(str(tmp_path / "run"), "test", runs.gan(), digits, 2), threading.Event(), []
 
     def report(row):
@@ -171,10 +195,11 @@ def test_workers_asked_to_stop_save_the_step_in_flight_and_the_run_goes_on_alike
 
     result = fit.train(run, Resources(workers=2, threads=1), report, stop=stop)
     assert result["stopped"]
-    assert 0 < result["samples_seen"] < 26 * 64
+    assert result["samples_seen"] == 4 * 64
     assert checkpoint.newest(run.path)[0].samples == result["samples_seen"]
     assert checkpoint.read_metrics(run.path)[-1]["samples"] == result["samples_seen"]
     assert {"data_wait", "workers"} <= seen[0].keys()
+    monkeypatch.undo()
     found = fit.train(run, HERE, lambda row: None)
     assert found["ledger"]["wasted_samples"] == 0
     assert runs.ends_alike(run.path, str(whole / "gan"))
