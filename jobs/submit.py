@@ -11,6 +11,7 @@ from cluster.submit import Wanted
 from jobs.command import execute, parse, say
 from jobs.job_words import Where, followed, on_head, unreachable
 from pipeline import storage
+from pipeline.training import own
 
 _PLACES = ("--data", "--out")
 _HERE = ("submit", "job", "cluster")  # verbs that speak to a cluster, and do not run on one
@@ -20,9 +21,9 @@ _HERE = ("submit", "job", "cluster")  # verbs that speak to a cluster, and do no
 class Args(Where):
     """millstream submit [OPTIONS] -- VERB ARGS: run any verb on a Ray cluster.
 
-    The code travels with the job; data does not: paths are s3://, or absolute ones that every node has. The same run
-    submitted twice is one run: the second follows the first. Exit code: the verb's own; 120 failed without one, 121
-    stopped, 122 lost, 123 unreachable.
+    The code travels with the job, also a FILE.py whose NAME the verb is given (train ./mine.py:my_run); data does not:
+    paths are s3://, or absolute ones that every node has. The same run submitted twice is one run: the second follows
+    the first. Exit code: the verb's own; 120 failed without one, 121 stopped, 122 lost, 123 unreachable.
     """
 
     workers: str | None = None
@@ -49,9 +50,12 @@ class Args(Where):
 
 def run(args: Args, words: list[str]) -> dict:
     """{job, started, state, exit_code, why}"""
+    words, mine = _own(words)
     words = _checked(words, args.workers)
+    there = {Path(given).expanduser().resolve() for given in args.include}
+    include = (*args.include, *(path for path in mine if Path(path) not in there))
     wanted = Wanted(
-        tuple(words), args.include, args.env, args.driver_on, args.place(), args.name, args.unpinned, args.take_over
+        tuple(words), include, args.env, args.driver_on, args.place(), args.name, args.unpinned, args.take_over
     )
     code, said = submit.check(wanted)
     name = submit.run_name(wanted)
@@ -70,6 +74,23 @@ def run(args: Args, words: list[str]) -> dict:
         say(f"millstream job wait {job} follows it, millstream job stop {job} ends it")
         return {"job": job, "started": started}
     return {"started": started} | followed(args, job, args.json)
+
+
+def _own(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words, FILE.py:NAME of this machine as it is called in the job's folder, and those files, which travel."""
+    said, files = [], {}
+    for word in words:
+        option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+        if own.is_spec(value) and not storage.is_remote(value):
+            given, _ = own.split(value)
+            path = Path(given).expanduser().resolve()
+            if path.is_file():
+                files[str(path)] = None
+                value = path.name + value[len(given) :]
+            elif not os.path.isabs(given):  # else it may be one of the nodes'
+                raise ValueError(f"{word}: there is no file {path}")
+        said.append(f"{option}{equals}{value}")
+    return said, list(files)
 
 
 def _checked(words: list[str], workers: str | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Trains a preset on a dataset. The same command again resumes where the run stands."""
+"""Trains a preset, or FILE.py:NAME, on a dataset. The same command again resumes where the run stands."""
 
 import contextlib
 from dataclasses import asdict, dataclass, field, replace
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> int:
             table.add_row(name, preset.__doc__)
         console.print(table)
         say("\nmillstream train PRESET --help lists the fields with the preset's values.")
+        say("Of your own: train ./mine.py:my_run (a function in a file), and --model ./mine.py:Net with any preset.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
 
     def parsed() -> Args:

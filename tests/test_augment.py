@@ -68,6 +68,12 @@ def test_fit_gives_the_centre_square(height, width, channels):
         assert np.array_equal(fitted, image[:, left : left + 32])
 
 
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (37, 91), (32, 32)])
+def test_fit_of_a_longer_short_side_is_the_centre_of_the_larger_square(height, width):
+    image = picture(height, width, 3)
+    assert np.array_equal(fit(image, 32, 40), fit(image, 40)[4:36, 4:36])
+
+
 def test_fit_keeps_a_constant_image_constant_and_mirrors_with_its_input():
     assert np.unique(fit(np.full((50, 70, 1), 131, np.uint8), 32)).tolist() == [131]
     image = picture(40, 72)
@@ -217,6 +223,9 @@ def test_floats_are_the_pixels_less_the_mean_over_the_deviation(channels):
     floats = to_float(images, mean, std)
     assert (floats.dtype, floats.shape) == (torch.float32, (4, channels, 8, 9))
     assert floats.is_contiguous()
+    as_it_lies = to_float(images, mean, std, channels_last=True)
+    assert as_it_lies.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(as_it_lies, floats)
     expected = ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
     assert torch.allclose(floats.double(), expected, atol=1e-5)
 
@@ -234,6 +243,9 @@ def test_floats_are_the_pixels_less_the_mean_over_the_deviation(channels):
         ({"jitter": 1.5}, "jitter 1.5"),
         ({"hue": 0.6}, "hue 0.6"),
         ({"erase": -0.1}, "erase -0.1"),
+        ({"eval_size": -1}, "eval size -1"),
+        ({"eval_share": 0.0}, "eval share 0.0"),
+        ({"eval_share": 1.2}, "eval share 1.2"),
     ],
 )
 def test_a_bad_option_is_named(options, said):

@@ -24,6 +24,7 @@ from pipeline.training.resources import Resources
 from pipeline.training.run import start
 
 HERE = Resources(workers=0, threads=1)
+ALL = {kind: config() for kind, config in runs.KINDS.items()} | runs.OPTIONS
 
 
 def held(step, over):
@@ -48,14 +49,14 @@ def held(step, over):
 def whole(digits, tmp_path_factory):
     """Unbroken runs in this process, by kind."""
     root = tmp_path_factory.mktemp("whole")
-    for kind, config in runs.KINDS.items():
-        fit.train(start(str(root / kind), "test", config(), digits, 0), HERE, lambda row: None)
+    for kind, config in ALL.items():
+        fit.train(start(str(root / kind), "test", config, digits, 0), HERE, lambda row: None)
     return root
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digits, whole, tmp_path, workers):
-    """Both kinds of run and an evaluation by one group of workers, which take longer to start than these to run."""
+    """Runs of all kinds and an evaluation by one group of workers, which take longer to start than these to run."""
 
     def everything(trained, evaluated, world, threads, contact):  # in here, so that it travels to them by value
         for run in trained:
@@ -64,13 +65,13 @@ def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digi
         split = index.load(evaluated.data).split("train")
         return evaluate_rank(evaluated, task, split, world, threads), world.size
 
-    trained = [start(str(tmp_path / kind), "test", config(), digits, workers) for kind, config in runs.KINDS.items()]
+    trained = [start(str(tmp_path / kind), "test", config, digits, workers) for kind, config in ALL.items()]
     evaluated = start(str(whole / "cnn"), "test", runs.cnn(), digits, workers)
     seen = []
     resources = Resources(workers=workers, threads=1)
     answers, size = fit.launch(everything, (trained, evaluated), evaluated, resources, seen.append)
     assert size == workers
-    for kind in runs.KINDS:
+    for kind in ALL:
         assert runs.ends_alike(str(tmp_path / kind), str(whole / kind))
         assert runs.numbers(str(tmp_path / kind)) == runs.numbers(str(whole / kind))
     assert any("val_accuracy" in row for row in seen)
@@ -80,6 +81,21 @@ def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digi
     for column in ("labels", "predicted", "confidence"):
         assert np.array_equal(getattr(answers, column), getattr(expected, column))
     assert answers.loss == expected.loss
+
+
+@pytest.mark.parametrize("kind", runs.OPTIONS)
+def test_a_run_with_any_option_that_is_stopped_and_gone_on_with_ends_as_one_unbroken(digits, whole, tmp_path, kind):
+    run, stop = start(str(tmp_path / "run"), "test", runs.OPTIONS[kind], digits, 0), threading.Event()
+
+    def report(row):
+        if row["step"] in (3, 8):
+            stop.set()
+
+    for stopped in (True, True, False):
+        stop.clear()
+        assert fit.train(run, HERE, report, stop=stop)["stopped"] == stopped
+    assert runs.ends_alike(run.path, str(whole / kind))
+    assert runs.numbers(run.path) == runs.numbers(str(whole / kind))
 
 
 def rank_processes() -> list[int]:

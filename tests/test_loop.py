@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.loading import audit
 from pipeline.loading.steps import Batch, Step
 from pipeline.training.cadence import LoopConfig, total_steps
+from pipeline.training.compute import ComputeConfig
 from pipeline.training.loop import NotFinite, take_phase, train
 from pipeline.training.optim import OptimConfig, make_optimizer
 from pipeline.training.saver import HostMemory
@@ -49,12 +50,23 @@ def normed(optim=SGD, **options):
     return Task({"model": model}, [Phase("model", model, make_optimizer(model, optim), loss)])
 
 
+def classifier(optim=SGD, compute=None, **options):
+    return make_task(ClassifyConfig(**options), FACTS, optim, 0, "cpu", compute or ComputeConfig())
+
+
 KINDS = {
     "cnn": lambda: make_task(ClassifyConfig(ema_half_life=100), FACTS, SGD, 0, "cpu"),
     "gan": lambda: make_task(GanConfig(latent=8, width=4, r1=0.5), FACTS, SGD, 0, "cpu"),
     "batch norm": normed,
     "batch norm, cumulative": lambda: normed(momentum=None),
     "dropout": lambda: normed(dropout=0.5),
+    "bf16, channels last, mixed": lambda: classifier(
+        replace(SGD, nesterov=True), ComputeConfig("bf16", True), ema_half_life=100, mixup=0.5, cutmix=1.0, loss="bce"
+    ),
+    "fp16": lambda: classifier(compute=ComputeConfig("fp16")),
+    "frozen": lambda: classifier(freeze="features.0,classifier.1"),
+    "lamb": lambda: classifier(OptimConfig(optimizer="lamb")),
+    "muon": lambda: classifier(OptimConfig(optimizer="muon", lr=0.02), ema_half_life=100),
 }
 
 
@@ -250,6 +262,63 @@ def test_a_run_stopped_and_gone_on_ends_as_one_unbroken(kind):
     task.load(HostMemory().copy(state)["task"])
     again, _ = run(config, task, start=samples // 16)
     assert differences(again[-1][0], saves[-1][0]) == {}
+
+
+def test_gradients_are_clipped_once_over_the_whole_step_and_their_norm_is_logged():
+    config, step = LoopConfig(batch=16, micro_batches=4), next(steps_of(LoopConfig(batch=16, micro_batches=4)))
+    plain, clipped = normed(), normed()
+    norm = take_phase(config, replace(SGD, clip=1e9), 0, plain.phases[0], step, World())["model_gradient_norm"]
+    expected = torch.cat([p.grad.flatten() for p in plain.phases[0].module.parameters()])
+    assert norm == pytest.approx(expected.norm().item(), rel=1e-5)
+    take_phase(config, replace(SGD, clip=norm / 8), 0, clipped.phases[0], step, World())
+    assert torch.allclose(
+        torch.cat([p.grad.flatten() for p in clipped.phases[0].module.parameters()]), expected / 8, atol=1e-6
+    )
+
+
+def test_a_step_whose_scaled_gradients_overflow_is_left_out_and_the_scale_halved():
+    config, task = LoopConfig(epochs=1, batch=16, micro_batches=2), KINDS["fp16"]()
+    task.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before, rows = HostMemory().copy(task.state()["modules"]), []
+    steps = steps_of(config)
+    row = take_phase(config, SGD, 0, task.phases[0], next(steps), World(), (), task.scaler)
+    assert row["loss_scale"] == 2.0**126
+    assert differences(task.state()["modules"], before) == {}
+    saves, _ = run(config, KINDS["fp16"](), report=rows.append)
+    assert {row["loss_scale"] for row in rows} == {2.0**16}
+    assert saves[-1][0]["task"]["scaler"]["scale"] == 2.0**16
+
+
+# ---- early stopping
+
+
+def stopping_early(accuracies, patience, start=0, best=None):
+    """Steps until the run ends, the validations giving these accuracies, one every two steps of 16."""
+    config = LoopConfig(epochs=5, batch=16, micro_batches=2, validate_every=32, patience=patience)
+    given, saver, rows = iter(accuracies), Kept(), []
+    row = train(
+        config, SGD, KINDS["cnn"](), steps_of(config, start=start), SAMPLES, World(),
+        lambda: {"loss": 1.0, "accuracy": next(given)}, saver, Contact(rows.append), best=best,
+    )  # fmt: skip
+    return row, saver.saves
+
+
+def test_a_run_ends_after_as_many_validations_without_a_better_accuracy_as_it_has_patience_for():
+    row, saves = stopping_early([0.5, 0.6, 0.6, 0.5, 0.9], patience=2)
+    assert (row["step"], row["early_stop"]) == (8, True)
+    assert [save[0]["over"] for save in saves] == [False] * 3 + [True]
+    assert saves[-1][2][-1]["early_stop"]  # in the metrics, too
+    row, saves = stopping_early([0.5] + [0.4] * 14, patience=0)
+    assert (row["step"], saves[-1][0]["over"]) == (30, True)
+    assert "early_stop" not in row
+
+
+def test_patience_is_counted_over_restarts():
+    _, saves = stopping_early([0.5, 0.4, 0.4, 0.4], patience=3)
+    state = saves[1][0]
+    assert state["best"] == (0.5, 1)
+    row, _ = stopping_early([0.4, 0.4, 0.4], patience=3, start=4, best=state["best"])
+    assert row["step"] == 8
 
 
 # ---- what a row says of the samples

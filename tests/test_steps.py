@@ -317,6 +317,19 @@ def test_a_crash_in_a_thread_reaches_the_consumer_and_names_the_sample(train, mo
 # ---- evaluation
 
 
+def test_evaluation_sees_the_side_and_the_share_of_the_centre_that_it_is_asked_for(train, photos):
+    for split, channels in ((train, 1), (index.load(photos).split("train"), 3)):
+        augment = Augment(16, channels, eval_size=24, eval_share=0.75, exact_decode=True)
+        reader, rows = Reader(split, augment), np.arange(4)
+        windows = [reader.fetch(row, row + 1) for row in range(4)]
+        expected = np.stack([fit(decode(window, channels), 24, 32) for window in windows])
+        again = [reader.batch(rows, rows, windows)[0] for _ in range(2)]  # digits are kept as pixels by then
+        for batch in (next(fixed_batches(split, augment, 4)), *again):
+            assert np.array_equal(batch.images.numpy(), expected)
+        training, _ = reader.batch(rows, rows, windows, 0, np.zeros(4, np.int64))
+        assert training.images.shape == (4, 16, 16, channels)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("size", [7, 256, 5000])
 def test_evaluation_counts_each_sample_once_in_batches_that_do_not_depend_on_the_world(train, world, size):

@@ -17,7 +17,8 @@ from s3_server import wait_for
 
 from cluster import auth, book, exposure, pack, submit
 from cluster.submit import Wanted
-from jobs.submit import _checked
+from jobs.__main__ import main
+from jobs.submit import _checked, _own
 from pipeline import storage
 from pipeline.training import checkpoint
 
@@ -118,6 +119,35 @@ def test_words_with_a_secret_or_a_path_of_this_machine_are_refused(tmp_path, mon
     good = ["train", "digits_cnn", "--data", "s3://a/b", "--out", "/mnt/x", "--lr", "1/2"]
     assert _checked(good, "2..8") == [*good, "--workers", "2..8"]
     assert _checked(["shard", "digits:", "s3://a/b"], None) == ["shard", "digits:", "s3://a/b"]
+
+
+def test_a_file_of_ones_own_travels_by_itself_and_is_called_as_it_lies_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "code").mkdir()
+    mine = tmp_path / "code/mine.py"
+    mine.write_text("def my_run(): ...\n")
+    rest = ["--data", "s3://a/b", "--out", "s3://a/c"]
+    for given in ("code/mine.py", "./code/mine.py", str(mine), "~/code/mine.py"):
+        assert _own(["train", f"{given}:my_run", *rest]) == (["train", "mine.py:my_run", *rest], [str(mine)])
+    words = ["train", "code/mine.py:my_run", "--model=code/mine.py:Net", "--model", "code/mine.py:Net"]
+    assert _own(words) == (["train", "mine.py:my_run", "--model=mine.py:Net", "--model", "mine.py:Net"], [str(mine)])
+    for words in (["train", "s3://a/x.py:f"], ["train", "/nodes/x.py:f"], ["train", "digits_cnn", "--init", "w.pth"]):
+        assert _own(words) == (words, [])
+    with pytest.raises(ValueError, match=r"nosuch.py:f: there is no file"):
+        _own(["train", "./nosuch.py:f"])
+    sent, real = [], submit.check
+    monkeypatch.setattr(submit, "check", lambda wanted: sent.append((wanted, *real(wanted))) or sent[-1][1:])
+    for include in ([], ["--include", "code/mine.py"]):
+        words = ["--dry-run", "--json", *include, "--", "train", "./code/mine.py:my_run", *rest]
+        assert main(["submit", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["words"] == ["train", "mine.py:my_run", *rest]
+        with zipfile.ZipFile(io.BytesIO(sent[-1][1].data)) as file:
+            assert file.read("mine.py") == mine.read_bytes()
+    assert sent[0][1].data == sent[1][1].data
+    mine.write_text('KEY = "AKIAIOSFODNN7EXAMPLE"')
+    assert main(["submit", *words]) == 2
+    assert "looks to hold a secret" in capsys.readouterr().err
 
 
 # tokens

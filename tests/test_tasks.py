@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from pipeline.loading.augment import to_float
+from pipeline.loading.mixup import mixed
 from pipeline.loading.steps import Batch
 from pipeline.training.optim import OptimConfig
 from pipeline.training.saver import HostMemory
@@ -119,7 +120,7 @@ def test_a_classifier_of_fewer_than_two_classes_is_refused(classes):
 
 
 def test_a_model_that_does_not_exist_is_named_with_those_that_do():
-    with pytest.raises(ValueError, match="model 'resnet': use one of cnn"):
+    with pytest.raises(ValueError, match="no model 'resnet': did you mean resnet9"):
         make_task(ClassifyConfig(model="resnet"), FACTS, OptimConfig(), 0, "cpu")
 
 
@@ -225,3 +226,31 @@ def test_a_gan_without_half_life_draws_from_the_generator_itself():
     task.after_step(6)
     pairs = zip(task.modules["average"].parameters(), task.modules["generator"].parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
+
+
+def test_a_flip_test_answers_with_the_mean_over_an_image_and_its_mirror_image():
+    plain, flipping = (
+        make_task(ClassifyConfig(flip_test=flip), FACTS, OptimConfig(), 0, "cpu") for flip in (False, True)
+    )
+    images = to_float(batch().images, torch.tensor(FACTS.mean), torch.tensor(FACTS.std))
+    model = plain.modules["model"]
+    logits = (model(images) + model(images.flip(-1))) / 2
+    found = predict(flipping, FACTS, [batch()], 6, World())
+    assert found.confidence == pytest.approx(logits.softmax(1).max(1).values.tolist(), rel=1e-4)
+    assert not np.allclose(found.confidence, predict(plain, FACTS, [batch()], 6, World()).confidence, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 1.0])
+def test_bce_asks_of_each_class_yes_or_no_and_smooths_its_shares(mixing):
+    config = ClassifyConfig(loss="bce", label_smoothing=0.3, mixup=mixing)
+    task, of, k = make_task(config, FACTS, OptimConfig(), 0, "cpu"), batch(), len(FACTS.classes)
+    images = to_float(of.images, torch.tensor(FACTS.mean), torch.tensor(FACTS.std))
+    torch.manual_seed(7)
+    each, _ = task.phases[0].loss(of)
+    torch.manual_seed(7)
+    images, shares = mixed(images, of.labels, k, mixing, 0.0)
+    shares, p = shares * 0.7 + 0.3 / k, task.modules["model"](images).sigmoid()
+    expected = -(shares * p.log() + (1 - shares) * (1 - p).log()).mean(1)
+    assert torch.allclose(each, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="loss 'mse': use one of ce, bce"):
+        ClassifyConfig(loss="mse")

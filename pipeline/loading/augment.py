@@ -61,6 +61,11 @@ class Augment:
     """Epoch in which the side begins to grow."""
     ramp_to: int = 0
     """First epoch at full size."""
+    eval_size: int = 0
+    """Side in px that evaluation sees, where it is not --image-size: what was trained at 176 px scores best at about
+    224 (Touvron et al. 2019)."""
+    eval_share: float = 1.0
+    """Share of the short side that evaluation's centre crop keeps; ImageNet's custom is 0.875 (224 of 256)."""
 
     def __post_init__(self):
         if self.crop not in CROPS:
@@ -75,6 +80,10 @@ class Augment:
             raise ValueError(f"jitter {self.jitter}, hue {self.hue}, erase {self.erase}: 0 to 1, 0 to 0.5, 0 to 1")
         if self.start_size and not (0 < self.start_size <= (self.image_size or self.start_size)):
             raise ValueError(f"start size {self.start_size}: from 1 to the image size, {self.image_size}")
+        if self.eval_size < 0 or not 0 < self.eval_share <= 1:
+            raise ValueError(
+                f"eval size {self.eval_size} cannot be negative, eval share {self.eval_share}: above 0, to 1"
+            )
         if not 0 <= self.ramp_from <= self.ramp_to:
             raise ValueError(f"ramp from {self.ramp_from} to {self.ramp_to}: epochs, the first not after the second")
         if self.image_size < 0 or self.pad < 0 or self.channels not in (0, 1, 3):
@@ -121,14 +130,14 @@ def jpeg_size(data) -> tuple[int, int]:
     return simplejpeg.decode_jpeg_header(data)[:2]
 
 
-def fit(image: np.ndarray, side: int) -> np.ndarray:
-    """Short side resized to `side`, centre cropped: uint8 (h, w, c) -> (side, side, c)."""
-    height, width = image.shape[:2]
-    if (height, width) == (side, side):
+def fit(image: np.ndarray, side: int, short: int = 0) -> np.ndarray:
+    """Short side resized to `short` px (0: `side`), centre cropped: uint8 (h, w, c) -> (side, side, c)."""
+    height, width, short = *image.shape[:2], short or side
+    if (height, width) == (side, side) == (short, short):
         return image
-    if min(height, width) != side:
-        scale = side / min(height, width)
-        image = _resize(image, max(side, round(height * scale)), max(side, round(width * scale)))
+    if min(height, width) != short:
+        scale = short / min(height, width)
+        image = _resize(image, max(short, round(height * scale)), max(short, round(width * scale)))
         height, width = image.shape[:2]
     top, left = (height - side) // 2, (width - side) // 2
     return image[top : top + side, left : left + side]
@@ -233,9 +242,11 @@ def statistics(dataset: Dataset, channels: int) -> tuple[tuple[float, ...], tupl
     return tuple(mean), tuple(max(s, 1e-3) for s in std)  # images of one flat colour
 
 
-def to_float(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 (n, s, s, c) on any device -> float32 (n, c, s, s), (x/255 - mean) / std with mean, std float32 (c,)."""
-    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std)).permute(0, 3, 1, 2).contiguous()
+def to_float(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
+    """uint8 (n, s, s, c) on any device -> float32 (n, c, s, s), (x/255 - mean) / std with mean, std float32 (c,);
+    channels_last: left as it lies in memory."""
+    floats = torch.addcmul(-mean / std, images.float(), 1 / (255 * std)).permute(0, 3, 1, 2)
+    return floats if channels_last else floats.contiguous()
 
 
 def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -122,7 +122,9 @@ class Reader:
         it. ValueError when not one sample of the batch can be read, or more than the limit cannot.
         """
         augment, split = self.augment, self.split
-        side = side or augment.image_size
+        evaluating = epochs is None
+        side = side or (evaluating and augment.eval_size) or augment.image_size
+        short = round(side / augment.eval_share) if evaluating else side
         images = self.buffers.take((len(rows), side, side, augment.channels))
         weights = np.ones(len(rows), np.float32)
         boxes, mirrored = [None] * len(rows), [False] * len(rows)
@@ -134,7 +136,7 @@ class Reader:
         missing, waited = np.arange(len(rows)), 0.0
         if (known := self.kept.has(rows)).any():
             missing = np.flatnonzero(~known)
-            self._place_kept(images, rows, np.flatnonzero(known), boxes, mirrored)
+            self._place_kept(images, rows, np.flatnonzero(known), boxes, mirrored, short)
         # As lists: indexing numpy arrays number by number would cost as much as decoding a small image.
         begins = split.offset[rows] - split.offset[starts]
         ends = (begins + split.size[rows]).tolist()
@@ -153,7 +155,7 @@ class Reader:
             try:
                 if zlib.crc32(data) != crc32:
                     data = self._again(row, crc32)
-                self._place(images[i], row, data, room, box, flip)
+                self._place(images[i], row, data, room, box, flip, short)
             except ValueError as reason:
                 self._quarantine(row, str(reason))
                 weights[i] = 0
@@ -168,9 +170,11 @@ class Reader:
         labels = torch.from_numpy(split.label[rows].astype(np.int64))
         return Batch(torch.from_numpy(images), labels, torch.from_numpy(weights), rows), waited
 
-    def _place(self, out: np.ndarray, row: int, data, room: np.ndarray, box: list[int] | None, mirrored: bool) -> None:
-        """Decodes into `out`, uint8 (side, side, c): the area `box`, or what evaluation sees."""
-        shrink, side = 1, len(out)
+    def _place(
+        self, out: np.ndarray, row: int, data, room: np.ndarray, box: list[int] | None, mirrored: bool, short: int
+    ) -> None:
+        """Decodes into `out`, uint8 (side, side, c): the area `box`, or the centre, the short side at `short` px."""
+        shrink, side = 1, len(out) if box else short
         # What is kept is kept whole: shrunk by one epoch's crop, it would not do for the next one's.
         if data[:2] == aug.JPEG and not (self.augment.exact_decode or self.kept.keeps):
             shrink = aug.shrinkable(*(box[2:] if box else aug.jpeg_size(data)), side)
@@ -178,14 +182,16 @@ class Reader:
         self.kept.put(row, image)
         if box and shrink > 1:
             box = [number // shrink for number in box]
-        _draw(out, image, box, mirrored)
+        _draw(out, image, box, mirrored, short)
 
-    def _place_kept(self, images: np.ndarray, rows: np.ndarray, at: np.ndarray, boxes: list, mirrored: list) -> None:
-        if boxes[at[0]] is None and images.shape[1:3] == self.kept.size:
+    def _place_kept(
+        self, images: np.ndarray, rows: np.ndarray, at: np.ndarray, boxes: list, mirrored: list, short: int
+    ) -> None:
+        if boxes[at[0]] is None and images.shape[1:3] == self.kept.size == (short, short):
             images[at] = self.kept.get(rows[at])
             return
         for i in at.tolist():
-            _draw(images[i], self.kept.get(rows[i]), boxes[i], mirrored[i])
+            _draw(images[i], self.kept.get(rows[i]), boxes[i], mirrored[i], short)
 
     def _again(self, row: int, crc32: int) -> bytes:
         """A sample that did not match its checksum, fetched afresh. ValueError: nor does it now."""
@@ -230,8 +236,8 @@ def _room() -> np.ndarray:
     return _mine.room
 
 
-def _draw(out: np.ndarray, image: np.ndarray, box: list[int] | None, mirrored: bool) -> None:
+def _draw(out: np.ndarray, image: np.ndarray, box: list[int] | None, mirrored: bool, short: int) -> None:
     if box:
         aug.crop_into(image, box, mirrored, out)
     else:
-        out[:] = aug.fit(image, len(out))
+        out[:] = aug.fit(image, len(out), short)

@@ -16,6 +16,7 @@ from pipeline.nightly import ticks
 from pipeline.nightly.drift import DriftConfig
 from pipeline.nightly.gate import GateConfig
 from pipeline.shards.plan import Recipe
+from pipeline.training import own
 from pipeline.training.resources import Resources
 
 OUTCOMES = ("promoted", "rejected", "skipped", "held", "failed")
@@ -34,7 +35,7 @@ class NightConfig:
     root: str
     """Where everything of the nightly is kept, local or s3://...: dataset, nights, runs, models."""
     preset: str
-    """What `millstream train` takes."""
+    """What `millstream train` takes: a preset's name, or FILE.py:NAME of your own."""
     train: dict = field(default_factory=dict)
     """Fields of the preset with other values, as on the command line: {epochs: 3, lr: 0.001}."""
     schedule: str = ""
@@ -128,6 +129,7 @@ def load(path: str) -> NightConfig:
         config,
         source=_source(config.source, folder),
         root=_absolute(config.root, folder),
+        preset=_absolute(config.preset, folder) if own.is_spec(config.preset) else config.preset,
         models=_absolute(config.models, folder) if config.models else "",
     )
 

@@ -14,7 +14,7 @@ from pipeline.loading.selection import choose
 from pipeline.nightly import answers, draws, drift, holdout, profile, record, verdicts
 from pipeline.nightly.night import Night, Stage, Stopped
 from pipeline.shards import build, index, pinned
-from pipeline.training import fit, weights
+from pipeline.training import fit, own, weights
 from pipeline.training.rank import restored
 from pipeline.training.run import open_run, start
 from pipeline.training.tasks import GanConfig
@@ -190,7 +190,7 @@ def confirm(night: Night) -> dict:
     config, version = night.config, night.results["publish"]["version"]
     path = registry.version_path(config.registry, config.name, version)
     asked = {"path": path, "root": config.root, "data": config.data, "samples": _CONFIRMED}
-    here = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
+    here = os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)} | own.variables()
     command = [sys.executable, "-m", "pipeline.nightly.confirm", json.dumps(asked)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CONFIRM_S, env=here)

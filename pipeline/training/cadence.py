@@ -29,16 +29,18 @@ class LoopConfig:
     """Newest checkpoints kept, besides the best and those that are pinned."""
     skip_nonfinite: int = 0
     """Steps in all whose loss or gradient may be infinite or not a number: they are skipped. One more stops the run."""
+    patience: int = 0
+    """Early stopping: the run ends after so many validations in a row without a better accuracy; 0: never early."""
 
     def __post_init__(self):
         if not 0 < self.epochs < float("inf"):
             raise ValueError(f"epochs {self.epochs} must be above 0, and an end")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed}: a whole number from 0 below 2**63")
-        if self.validate_every < 0 or self.keep < 1 or self.skip_nonfinite < 0:
+        if min(self.validate_every, self.skip_nonfinite, self.patience) < 0 or self.keep < 1:
             raise ValueError(
-                f"validate_every {self.validate_every} and skip_nonfinite {self.skip_nonfinite} cannot be negative, "
-                f"keep {self.keep} must be at least 1"
+                f"validate_every {self.validate_every}, skip_nonfinite {self.skip_nonfinite} and patience "
+                f"{self.patience} cannot be negative, keep {self.keep} must be at least 1"
             )
         Saving(self)
 

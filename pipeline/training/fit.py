@@ -23,7 +23,7 @@ from pipeline.training.world import Contact, World
 
 # Of a row.
 _NO_METRICS = {"step", "samples", "time", "lr", "samples_digest", "set_aside", "skipped", "data_wait", "workers"}
-_NO_METRICS |= {"stopped"}
+_NO_METRICS |= {"stopped", "early_stop", "loss_scale"}
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
 def finished(run: Run) -> bool:
     """Whether the run's last checkpoint stands, and verifies."""
     found = checkpoint.newest(run.path)
-    return bool(found) and found[0].samples >= run.steps() * run.config.loop.batch
+    return bool(found) and (found[1].get("over", False) or found[0].samples >= run.steps() * run.config.loop.batch)
 
 
 def evaluate(run: Run, data: str, split: str, resources: Resources) -> tuple[Predictions, str]:

@@ -19,6 +19,7 @@ from pipeline.loading.order import Batching
 from pipeline.loading.steps import Step
 from pipeline.training import optim
 from pipeline.training.cadence import LoopConfig, Saving, passes, total_steps
+from pipeline.training.compute import check_compiled
 from pipeline.training.optim import OptimConfig
 from pipeline.training.saver import Saver
 from pipeline.training.tasks import Phase, Task
@@ -51,24 +52,29 @@ def train(
     saver: Saver | None,
     contact: Contact,
     skipped: int = 0,
+    best: tuple[float, int] | None = None,
 ) -> dict:
     """Trains `task` on `steps`, which begin where the run stands, up to the run's last; returns the last row logged.
 
     `epoch`: samples in one. `validate()` runs on every rank and gives numbers, or {}. `saver`: rank 0's, None on
     others. `contact.report` sees every row; once `contact.asked()` on some rank, all take a checkpoint after the step
-    in flight, and the row returned has `stopped`. `skipped`: steps passed over before.
+    in flight, and the row returned has `stopped`. `skipped`: steps passed over before. `best`: the highest validation
+    accuracy so far, and how many validations have come since: `config.patience` of them end the run, and the row has
+    `early_stop`.
 
     Raises NotFinite, on every rank alike.
     """
     clock, saving = world.clock, Saving(config)
     total, validate_every = total_steps(config, epoch), config.validate_every or epoch
-    rows, row = [], {}
+    rows, row, best = [], {}, best or (-1.0, 0)
     clock.lap("start")
     for step in steps:
         clock.lap("data")
         clock.begin(step.number)
         if step.number >= total:
             break
+        if not row:
+            _check_compiled(config, task, step, world)
         before, seen = step.number * config.batch, (step.number + 1) * config.batch
         rate = optim.learning_rate(optim_config, before, total * config.batch, epoch)
         row = {"step": step.number + 1, "samples": seen, "epoch": seen / epoch, "lr": rate}
@@ -77,7 +83,7 @@ def train(
             optim.set_lr(phase.optimizer, rate)
             beside = () if number else (together,)
             try:
-                row |= take_phase(config, optim_config, number, phase, step, world, beside)
+                row |= take_phase(config, optim_config, number, phase, step, world, beside, task.scaler)
             except NotFinite as found:
                 if skipped >= config.skip_nonfinite:
                     raise found.at(row) from None
@@ -96,10 +102,15 @@ def train(
         validation = validate() if validating else {}
         clock.lap("validation")
         row |= {f"val_{name}": value for name, value in validation.items()}
+        if "accuracy" in validation:
+            best = (validation["accuracy"], 0) if validation["accuracy"] > best[0] else (best[0], best[1] + 1)
+            if 0 < config.patience <= best[1] and not ending:
+                row, ending = row | {"early_stop": True}, True
         rows.append(row)
         contact.report(row)
         if saver and saves:
-            saver.save({"task": task.state(), "samples": seen, "skipped": skipped}, seen, rows, validation)
+            state = {"task": task.state(), "samples": seen, "skipped": skipped, "best": best, "over": ending}
+            saver.save(state, seen, rows, validation)
             rows = []
         if saves:
             saving.done()
@@ -111,6 +122,17 @@ def train(
         saver.wait()
         clock.lap("checkpoint")
     return row
+
+
+def _check_compiled(config: LoopConfig, task: Task, step: Step, world: World) -> None:
+    """Before the first step of a start, on its first images; nothing is drawn or changed that a step would see."""
+    for phase in task.phases:
+
+        def loss(phase=phase) -> torch.Tensor:
+            _seed(config.seed, world)
+            return phase.loss(step.micro_batches[0])[0].sum() / config.batch
+
+        check_compiled(phase.module, loss)
 
 
 def _together(config: LoopConfig, step: Step, epoch: int, world: World, stop: bool, due: bool) -> torch.Tensor:
@@ -139,13 +161,15 @@ def take_phase(
     step: Step,
     world: World,
     beside: tuple[torch.Tensor, ...] = (),
+    scaler: torch.amp.GradScaler | None = None,
 ) -> dict[str, float]:
     """One phase of one step: gradients over all micro-batches of all ranks, one optimiser step. Returns its numbers.
 
-    `beside`: float32 tensors that are summed over the ranks as well, in place. Raises NotFinite, on every rank, before
-    anything but the optimiser's gradients has changed.
+    `beside`: float32 tensors that are summed over the ranks as well, in place. `scaler`: fp16's; a step whose scaled
+    gradients overflow is left out, by its rules, and the scale halved. Raises NotFinite, on every rank, before anything
+    but the optimiser's gradients has changed.
     """
-    parameters = list(phase.module.parameters())
+    parameters = [p for p in phase.module.parameters() if p.requires_grad]
     statistics = [b for b in phase.module.buffers() if b.is_floating_point()]  # batch norm's running ones
     counters = [b for b in phase.module.buffers() if not b.is_floating_point()]  # its number of batches
     start, counted = [b.clone() for b in statistics], [b.clone() for b in counters]
@@ -158,7 +182,8 @@ def take_phase(
         for now, old in zip(counters, counted, strict=True):
             now.copy_(old)  # so that a step counts once, however many micro-batches this rank has
         each, numbers = phase.loss(batch)
-        (each.sum() / config.batch).backward(inputs=parameters)
+        total = each.sum() / config.batch
+        (scaler.scale(total) if scaler else total).backward(inputs=parameters)
         losses.append(each.detach())
         sums = {name: sums.get(name, 0) + value for name, value in numbers.items()}
         # Every micro-batch starts from the step's statistics, and their changes are averaged: so ranks do not show.
@@ -175,7 +200,8 @@ def take_phase(
         world.clock.lap("communication")
     numbers = dict(zip(sums, (logged / config.batch).tolist(), strict=True))
     bad = [name for name, value in numbers.items() if not np.isfinite(value)]
-    if not bad and config.skip_nonfinite and not _finite(gradients):  # not looked for otherwise: it costs each step
+    # Not looked for otherwise: it costs each step. With a scaler that is its work.
+    if not bad and config.skip_nonfinite and not scaler and not _finite(gradients):
         bad = ["a gradient"]
     if bad:
         for now, old in zip(counters, counted, strict=True):
@@ -183,8 +209,17 @@ def take_phase(
         raise NotFinite(", ".join(bad), _not_finite_rows(config, step, losses, world))
     for now, old, change in zip(statistics, start, drift, strict=True):
         now.copy_(old + change / config.micro_batches)
+    if scaler:
+        scaler.unscale_(phase.optimizer)
     optim.penalize(phase.module, optim_config.l1, optim_config.l2)
-    phase.optimizer.step()
+    if optim_config.clip:
+        numbers[f"{phase.name}_gradient_norm"] = float(optim.clip(parameters, optim_config.clip))
+    if scaler:
+        scaler.step(phase.optimizer)
+        scaler.update()
+        numbers["loss_scale"] = scaler.get_scale()
+    else:
+        phase.optimizer.step()
     return numbers
 
 

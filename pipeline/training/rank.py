@@ -31,7 +31,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
     """
     config, dataset = run.config, run.dataset()
     chosen, cache = run.chosen(dataset), open_cache(run.data, resources.cache, resources.cache_gb)
-    split, task = chosen.split, run.task(world.device)
+    split, task = chosen.split, run.task(world.device, training=True)
     attempt, found = checkpoint.claim(run.path) if world.rank == 0 else (0, None)
     found = world.from_first(found)
     state = checkpoint.read_state(run.path, found) if found else {"samples": 0}
@@ -40,7 +40,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
     elif run.init:
         weights.begin_from(task, run.init, config.task, run.facts, config.optim)
     position, skipped = state["samples"], state.get("skipped", 0)
-    if position >= total_steps(config.loop, len(split)) * config.loop.batch:
+    if state.get("over") or position >= total_steps(config.loop, len(split)) * config.loop.batch:
         return {"samples": position, **(found.validation if found else {})}
 
     def validate() -> dict:
@@ -63,7 +63,19 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
         contact = _noting(contact, ledger, world)
     ended = "failed"
     try:
-        row = train(config.loop, config.optim, task, steps, len(split), world, validate, saver, contact, skipped)
+        row = train(
+            config.loop,
+            config.optim,
+            task,
+            steps,
+            len(split),
+            world,
+            validate,
+            saver,
+            contact,
+            skipped,
+            state.get("best"),
+        )
         quarantined = _quarantined(loader, world)
         ended = "stopped" if "stopped" in row else "finished"
         return row | ({"quarantined": quarantined} if quarantined else {})

@@ -1,6 +1,7 @@
 """What a run is: its directory, its fixed configuration, and what it is trained on. No Ray here.
 
 RUN/config.json     written once, by the first start; the same command again must ask for the same run
+RUN/code/FILE.py    the model, where it is the user's own; config.json has its SHA-256
 RUN/attempts/ checkpoints/ metrics/ metrics.jsonl pinned/       see `checkpoint`
 RUN/ledger/         where each attempt's time went, see `ledger`
 RUN/tensorboard/    see `tracking`
@@ -8,6 +9,7 @@ RUN/tensorboard/    see `tracking`
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -19,8 +21,9 @@ from pipeline.loading.augment import Augment, resolved, statistics
 from pipeline.loading.order import Batching
 from pipeline.loading.selection import Chosen, Selection, choose
 from pipeline.shards import index, pinned
-from pipeline.training import weights
+from pipeline.training import own, weights
 from pipeline.training.cadence import LoopConfig, total_steps
+from pipeline.training.compute import ComputeConfig
 from pipeline.training.optim import OptimConfig
 from pipeline.training.resources import sizes, span
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, Task, make_task
@@ -38,8 +41,10 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     augment: Augment = field(default_factory=Augment)
     selection: Selection = field(default_factory=Selection)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     init: str = ""
-    """Published model to start from: models:NAME@champion, models:NAME@VERSION, or its path."""
+    """Weights to begin with: models:NAME@champion or @VERSION, the path of a published model, a RUN (its best
+    checkpoint), or a classifier's .safetensors or .pth; of classes that it does not know the last layer starts anew."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class Run:
     facts: Facts
     data: str
     generations: tuple[str, ...]  # of the dataset, by their digests: it may have got more since
-    init: str = ""  # the path that config.init meant when the run began
+    init: str = ""  # what config.init meant when the run began, to the last bit
+    code: str = ""  # SHA-256 of the file that makes the model, where it is the user's own
 
     @property
     def batching(self) -> Batching:
@@ -74,8 +80,13 @@ class Run:
         config = json.loads(storage.read(storage.join(self.path, "config.json")))
         return {"config": config, "generations": list(self.generations), "millstream": version("millstream")}
 
-    def task(self, device) -> Task:
-        return make_task(self.config.task, self.facts, self.config.optim, self.config.loop.seed, device)
+    def task(self, device, training: bool = False) -> Task:
+        """Its task as it was drawn. training: to go on with, compiled if the configuration says so."""
+        config = self.config
+        compute = config.compute if training else dataclasses.replace(config.compute, compile=False)
+        builder = own.builder(config.task.model, self.code, storage.join(self.path, "code"))
+        task = make_task(config.task, self.facts, config.optim, config.loop.seed, device, compute, builder)
+        return task
 
 
 def start(
@@ -92,7 +103,10 @@ def start(
     Raises ValueError if the data cannot serve the task, the workers cannot share its steps, or a run of another
     configuration, or a dataset, stands there.
     """
-    stored, dataset = _stored(path), index.load(data)
+    stored, dataset, code = _stored(path), index.load(data), None
+    if own.is_spec(config.task.model):
+        code = own.given(config.task.model, "a model,")
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, model=code.spec))
     if stored:
         dataset = pinned.at(dataset, _generations(stored, dataset, path))
         config = dataclasses.replace(config, augment=_as_stored(config.augment, stored["augment"]))
@@ -107,12 +121,23 @@ def start(
     Batching(loop.batch, micro_batches)
     sizes(workers, micro_batches)
     init = stored.get("init_path", "") if stored else _found(config.init)
-    run = Run(path, config, facts, data, tuple(pinned.generations(dataset)), init)
+    run = Run(path, config, facts, data, tuple(pinned.generations(dataset)), init, code.sha256 if code else "")
     task = run.task("cpu")  # what cannot be built should be said now, not by a worker
+    if code and not stored:
+        code.answers(task.modules["model"], facts.channels, facts.image_size, len(facts.classes))  # in training
     if init and not stored:
-        weights.begin_from(task, init, config.task, facts, config.optim)
-    if augment.start_size:
-        _check_sides(task, augment, facts)
+        init, said = weights.begin_from(task, init, config.task, facts, config.optim)
+        run = dataclasses.replace(run, init=init)
+        if said:
+            warnings.warn(said, stacklevel=2)
+    for name, side in (("start", augment.start_size), ("eval", augment.eval_size)):
+        if side:
+            _check_side(task, facts, side, f"--{name}-size {side}")
+    if config.compute.sync_bn and set(span(workers)) != {micro_batches}:
+        raise ValueError(
+            f"--sync-bn: the batch norm of a whole step needs a worker for each of its {micro_batches} micro-batches, "
+            f"not {workers}: use --workers {micro_batches}, or --micro-batches 1 with one worker"
+        )
     run.chosen(dataset)
     record = _record(run, preset)
     if not stored:
@@ -124,6 +149,9 @@ def start(
             stored = _stored(path)
     if stored:
         _compare(path, stored, record)
+        run = dataclasses.replace(run, init=stored.get("init_path", ""))
+    if code and not storage.exists(kept := storage.join(path, "code", code.file)):
+        storage.write(kept, code.content)
     return run
 
 
@@ -145,10 +173,12 @@ def _run_of(path: str, stored: dict) -> Run:
         LoopConfig(**stored["loop"]),
         Augment(**stored["augment"]),
         Selection(**stored.get("selection", {})),  # runs of an older millstream took every sample
+        ComputeConfig(**stored.get("compute", {})),
         stored.get("init", ""),
     )
     generations = stored.get("generations") or _generations(stored, index.load(stored["data"]), path)
-    return Run(path, config, _facts(stored), stored["data"], tuple(generations), stored.get("init_path", ""))
+    more = stored.get("init_path", ""), stored.get("code", "")
+    return Run(path, config, _facts(stored), stored["data"], tuple(generations), *more)
 
 
 def _found(init: str) -> str:
@@ -162,16 +192,13 @@ def describe(dataset: index.Dataset, augment: Augment) -> tuple[Augment, Facts]:
     return augment, facts
 
 
-def _check_sides(task: Task, augment: Augment, facts: Facts) -> None:
-    """ValueError unless the model takes images of every side that the run will show it."""
-    module = task.phases[0].module
+def _check_side(task: Task, facts: Facts, side: int, asked: str) -> None:
+    """ValueError unless the model takes images of this side, too."""
     try:
         with torch.no_grad():
-            module(torch.zeros(2, facts.channels, augment.start_size, augment.start_size))
+            task.phases[0].module(torch.zeros(2, facts.channels, side, side))
     except (RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"--start-size {augment.start_size}: the model takes images of {augment.image_size} px only ({error})"
-        ) from None
+        raise ValueError(f"{asked}: the model takes images of {facts.image_size} px only ({error})") from None
 
 
 def _stored(path: str) -> dict | None:
@@ -184,11 +211,12 @@ def _stored(path: str) -> dict | None:
 def _record(run: Run, preset: str) -> dict:
     config, kind = run.config, weights.kind(run.config.task)
     record = {
-        name: dataclasses.asdict(getattr(config, name)) for name in ("task", "optim", "loop", "augment", "selection")
+        name: dataclasses.asdict(getattr(config, name))
+        for name in ("task", "optim", "loop", "augment", "selection", "compute")
     }
     record |= {"preset": preset, "kind": kind, "facts": dataclasses.asdict(run.facts)}
     record |= {"data": run.data, "generations": run.generations, "millstream": version("millstream")}
-    record |= {"init": config.init, "init_path": run.init}
+    record |= {"init": config.init, "init_path": run.init, "code": run.code}
     return json.loads(json.dumps(record))
 
 
@@ -216,6 +244,12 @@ def _compare(path: str, stored: dict, asked: dict) -> None:
     old, new = flat(_record(_run_of(path, stored), "")), flat(asked)
     ignored = {"preset", "data", "generations", "millstream", "init_path", *_MAY_CHANGE}
     changed = [name for name in {**old, **new} if name not in ignored and old.get(name) != new.get(name)]
+    if changed == ["code"]:
+        file, _ = own.split(asked["task"]["model"])
+        raise ValueError(
+            f"{file} is not the file that this run began with, {path}/code/{file}: go on with that one, or begin anew "
+            "with another --out"
+        )
     if changed:
         said = ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in changed)
         raise ValueError(f"{path} is a run of another configuration ({said}): ask for the same, or use another --out")
