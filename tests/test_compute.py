@@ -98,9 +98,16 @@ def test_a_model_that_is_compiled_wrongly_is_refused_before_its_first_step():
     model._compiled_call_impl = model._call_impl
     check(task)
     model._compiled_call_impl = lambda images: model._call_impl(images) * 2
-    with pytest.raises(RuntimeError, match=r"gradient of features\.0\.0\.weight is off by .*leave out --compile"):
+    with pytest.raises(ValueError, match=r"gradient of features\.0\.0\.weight is off by .*leave out --compile"):
         check(task)
     assert model._compiled_call_impl is not None
+
+    def broken(images):
+        raise type("InvalidCxxCompiler", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    model._compiled_call_impl = broken
+    with pytest.raises(ValueError, match=r"cannot compile the model .*leave it out"):
+        check(task)
 
 
 def test_a_gan_refuses_what_its_losses_cannot_bear():

@@ -57,7 +57,7 @@ class ComputeConfig:
 
 
 def check_compiled(module: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
-    """RuntimeError unless the compiled module has the gradients that it has without: torch 2.13 leaves out those of
+    """ValueError unless the compiled module has the gradients that it has without: torch 2.13 leaves out those of
     some max poolings on CPUs, without a word. `loss()`: of some images, drawing the same random numbers each time."""
     if module._compiled_call_impl is None:
         return
@@ -69,6 +69,11 @@ def check_compiled(module: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
         plain = torch.autograd.grad(loss(), list(parameters.values()))
         module._compiled_call_impl = compiled
         found = torch.autograd.grad(loss(), list(parameters.values()))
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        why = " ".join(str(error).partition("Set TORCH")[0].split())
+        raise ValueError(f"--compile: this machine cannot compile the model ({why}): leave it out") from None
     finally:
         module._compiled_call_impl = compiled
         for buffer, old in zip(buffers, kept, strict=True):
@@ -78,7 +83,7 @@ def check_compiled(module: nn.Module, loss: Callable[[], torch.Tensor]) -> None:
     # What is zero but for rounding (a bias before a norm) may differ as much as it likes.
     if (bad := (~(away <= _APART * norms + _NOISE * norms.max())).nonzero()).numel():
         name, at = list(parameters)[int(bad[0])], int(bad[0])
-        raise RuntimeError(
+        raise ValueError(
             f"torch {torch.__version__} compiles this model wrongly on this machine: the gradient of {name} is off by "
             f"{away[at] / norms[at]:.0%}; leave out --compile"
         )

@@ -85,8 +85,7 @@ class Run:
         config = self.config
         compute = config.compute if training else dataclasses.replace(config.compute, compile=False)
         builder = own.builder(config.task.model, self.code, storage.join(self.path, "code"))
-        task = make_task(config.task, self.facts, config.optim, config.loop.seed, device, compute, builder)
-        return task
+        return make_task(config.task, self.facts, config.optim, config.loop.seed, device, compute, builder)
 
 
 def start(
