@@ -52,6 +52,8 @@ def run(args: Args, preset: str) -> dict:
     if result["stopped"]:
         say(f"stopped at {result['samples_seen']:,} samples, all saved: the same command again goes on from there")
         return result | {"exit_code": stop.exit_code}
+    if result["early_stop"]:
+        say(f"stopped early: no better accuracy in {config.loop.patience} validations")
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in result["metrics"].items() if name != "epoch")
     say(f"{'trained already: ' if result['done'] else ''}{result['samples_seen']:,} samples seen, {numbers}")
     if times := result["ledger"]:

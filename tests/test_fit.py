@@ -239,6 +239,7 @@ def test_a_rank_that_holds_the_others_up_is_named(ray_local, digits, tmp_path):
     wait_for(lambda: not rank_processes(), 20, "end of the ranks")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_grows_into_room_that_comes_free_and_saves_first(ray_local, digits, tmp_path):
     from ray.util.placement_group import placement_group, remove_placement_group

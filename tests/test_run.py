@@ -23,6 +23,7 @@ from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 from pipeline.training import checkpoint, fit
 from pipeline.training import rank as rank_module
+from pipeline.training.compute import ComputeConfig
 from pipeline.training.rank import draw_classes, restored, train_rank
 from pipeline.training.resources import Resources
 from pipeline.training.run import describe, open_run, start
@@ -415,3 +416,26 @@ def test_a_loss_that_is_not_finite_names_its_samples_and_the_checkpoint_that_is_
     assert [row["step"] for row in rows] == list(range(1, 27))
     assert sum("skipped" in row for row in rows) == 1
     assert checkpoint.newest(path)[1]["skipped"] == 1
+
+
+def test_a_run_that_has_no_patience_left_is_finished_and_says_so(digits, tmp_path):
+    config = runs.cnn(epochs=30, validate_every=64, patience=2)
+    run = start(str(tmp_path / "run"), "test", config, digits, 0)
+    result = fit.train(run, HERE, lambda row: None)
+    accuracies = [row["val_accuracy"] for row in checkpoint.read_metrics(run.path)]
+    assert result["early_stop"]
+    assert result["samples_seen"] == len(accuracies) * 64 < 700 * 64
+    assert max(accuracies[-2:]) <= max(accuracies[:-2])
+    assert all(max(accuracies[: at - 2]) < max(accuracies[at - 2 : at]) for at in range(3, len(accuracies)))
+    again = fit.train(start(run.path, "test", config, digits, 0), HERE, lambda row: None)
+    assert (again["done"], again["samples_seen"]) == (True, result["samples_seen"])
+
+
+def test_batch_norm_over_ranks_wants_a_worker_for_each_micro_batch(digits, tmp_path):
+    config = replace(runs.cnn(), compute=ComputeConfig(sync_bn=True))
+    for workers in (0, 1, "1..2"):
+        with pytest.raises(ValueError, match=r"--sync-bn: .* its 2 micro-batches, .* use --workers 2"):
+            start(str(tmp_path / "run"), "test", config, digits, workers)
+    start(str(tmp_path / "two"), "test", config, digits, 2)
+    alone = replace(config, loop=replace(config.loop, micro_batches=1))
+    start(str(tmp_path / "one"), "test", alone, digits, 0)

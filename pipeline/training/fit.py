@@ -37,8 +37,8 @@ def train(
     `waiting` a line for people while a dead trainer's lease on S3 runs out. `stop`, once set, ends it early: with a
     checkpoint of the step in flight.
 
-    Returns {run, done, stopped, samples_seen, epochs, checkpoint, metrics, ledger}. Raises `lease.Held` if the run is
-    being trained already.
+    Returns {run, done, stopped, early_stop, samples_seen, epochs, checkpoint, metrics, ledger}. Raises `lease.Held` if
+    the run is being trained already.
     """
     with lease.claim(storage.join(run.path, ".lease"), "millstream train", waiting=waiting):
         done = finished(run)
@@ -52,6 +52,7 @@ def train(
         "run": run.path,
         "done": done,  # nothing was left to do
         "stopped": "stopped" in row,
+        "early_stop": rows[-1].get("early_stop", False),
         "samples_seen": chain[0].samples,
         "epochs": rows[-1]["epoch"],
         "checkpoint": storage.join(run.path, "checkpoints", kept.name),

@@ -132,7 +132,7 @@ def start(
     for name, side in (("start", augment.start_size), ("eval", augment.eval_size)):
         if side:
             _check_side(task, facts, side, f"--{name}-size {side}")
-    if config.compute.sync_bn and set(span(workers)) != {micro_batches}:
+    if config.compute.sync_bn and {max(1, size) for size in span(workers)} != {micro_batches}:
         raise ValueError(
             f"--sync-bn: the batch norm of a whole step needs a worker for each of its {micro_batches} micro-batches, "
             f"not {workers}: use --workers {micro_batches}, or --micro-batches 1 with one worker"
