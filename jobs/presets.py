@@ -81,7 +81,7 @@ def _ffcv(model: str, epochs: int, lr: float, weight_decay: float, ramp: tuple[i
     return TrainConfig(
         ClassifyConfig(model=model, blurpool=True, label_smoothing=0.1, flip_test=True),
         OptimConfig("sgd", lr=lr, weight_decay=weight_decay, schedule="triangular", warmup_epochs=2),
-        LoopConfig(epochs=epochs, batch=1024, micro_batches=8),
+        LoopConfig(epochs=epochs, batch=1024, micro_batches=4),
         Augment(192, 3, "resized", flip=True, start_size=160, ramp_from=ramp[0], ramp_to=ramp[1], eval_size=256,
                 eval_share=0.875),
         compute=ComputeConfig("bf16", channels_last=True, compile=True),
@@ -109,7 +109,7 @@ def imagenet_resnet50_600ep() -> TrainConfig:
     return TrainConfig(
         ClassifyConfig(model="resnet50", label_smoothing=0.1, mixup=0.2, cutmix=1.0, ema_half_life=20_800_000),
         OptimConfig("sgd", lr=0.5, weight_decay=2e-5, warmup_epochs=5),
-        LoopConfig(epochs=600, batch=1024, micro_batches=8),
+        LoopConfig(epochs=600, batch=1024, micro_batches=4),
         Augment(176, 3, "resized", flip=True, policy="trivial", erase=0.1, eval_size=224, eval_share=224 / 232),
         compute=ComputeConfig("bf16", channels_last=True, compile=True),
     )

@@ -60,6 +60,17 @@ def s3():
         yield server
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of small computations: beside busy neighbours, threads would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["local", "s3"])
 def place(request, tmp_path):
     """A fresh, empty folder or prefix: the claims that hold in both are tested in both."""

@@ -17,6 +17,8 @@ from pipeline.training.optim import OptimConfig
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, make_task, predict
 from pipeline.training.world import World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTS = Facts(3, 16, ("a", "b", "c"), (0.4,) * 3, (0.3,) * 3)
 SGD = OptimConfig(optimizer="sgd", lr=0.05, nesterov=True)
 

@@ -19,6 +19,8 @@ from pipeline.training.saver import HostMemory
 from pipeline.training.tasks import ClassifyConfig, Facts, GanConfig, Phase, Task, make_task
 from pipeline.training.world import Contact, World
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTS = Facts(1, 16, ("a", "b", "c"), (0.4,), (0.3,))
 SGD = OptimConfig(optimizer="sgd", lr=0.01, schedule="constant")
 SAMPLES = 96

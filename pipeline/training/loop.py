@@ -179,23 +179,23 @@ def take_phase(
     losses = []
     for j, batch in zip(step.own, step.micro_batches, strict=True):
         _seed(int(draw.bits(_STEP, config.seed, step.number, number, j) >> np.uint64(1)), world)
-        for now, old in zip(counters, counted, strict=True):
-            now.copy_(old)  # so that a step counts once, however many micro-batches this rank has
+        if counters:  # so that a step counts once, however many micro-batches this rank has
+            torch._foreach_copy_(counters, counted)
         each, numbers = phase.loss(batch)
         total = each.sum() / config.batch
         (scaler.scale(total) if scaler else total).backward(inputs=parameters)
         losses.append(each.detach())
         sums = {name: sums.get(name, 0) + value for name, value in numbers.items()}
         # Every micro-batch starts from the step's statistics, and their changes are averaged: so ranks do not show.
-        for now, old, change in zip(statistics, start, drift, strict=True):
-            change += now - old
-            now.copy_(old)
+        if statistics:
+            torch._foreach_add_(drift, torch._foreach_sub(statistics, start))
+            torch._foreach_copy_(statistics, start)
     gradients = [p.grad for p in parameters]
     logged = torch.stack([value.detach().float() for value in sums.values()])
     if world.size > 1:
         world.settle()  # or what the device has still to compute would be timed as communication
         world.clock.lap("compute")
-        _sum_flat(world, [*gradients, *drift, logged, *beside])
+        world.sum_all_([*gradients, *drift, logged, *beside])
         world.settle()
         world.clock.lap("communication")
     numbers = dict(zip(sums, (logged / config.batch).tolist(), strict=True))
@@ -204,11 +204,11 @@ def take_phase(
     if not bad and config.skip_nonfinite and not scaler and not _finite(gradients):
         bad = ["a gradient"]
     if bad:
-        for now, old in zip(counters, counted, strict=True):
-            now.copy_(old)
+        if counters:
+            torch._foreach_copy_(counters, counted)
         raise NotFinite(", ".join(bad), _not_finite_rows(config, step, losses, world))
-    for now, old, change in zip(statistics, start, drift, strict=True):
-        now.copy_(old + change / config.micro_batches)
+    if statistics:
+        torch._foreach_copy_(statistics, torch._foreach_add(start, torch._foreach_div(drift, config.micro_batches)))
     if scaler:
         scaler.unscale_(phase.optimizer)
     optim.penalize(phase.module, optim_config.l1, optim_config.l2)
@@ -228,14 +228,6 @@ def _seed(seed: int, world: World) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.device(world.device).type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-def _sum_flat(world: World, tensors: list[torch.Tensor]) -> None:
-    """One all-reduce for many tensors: on small models the number of calls is what costs."""
-    flat = torch.cat([t.reshape(-1) for t in tensors])
-    world.sum_(flat)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
 
 
 def _finite(tensors: list[torch.Tensor]) -> bool:
