@@ -10,6 +10,8 @@ from pipeline.models.cnn import CNN
 from pipeline.models.resnet import RESNETS, Blur
 from pipeline.models.resnet9 import ResNet9
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def count(module):
     return sum(p.numel() for p in module.parameters())

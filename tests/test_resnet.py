@@ -17,6 +17,8 @@ STATES = {
     "resnet50d": "26ed29dda64d7db97cae607fcf98b7c3007f831e48f1d92c96273af092811a3b",
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def count(module):
     return sum(p.numel() for p in module.parameters())

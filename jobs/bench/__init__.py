@@ -1,6 +1,7 @@
 """Measures Millstream against the bare machine: each side in turn, in one run, medians of the rounds' ratios.
 
-millstream bench train        training rate against a bare torch loop with every image in memory
+millstream bench train        training rate against a bare torch loop with every image in memory; --gpu: shards to steps
+                              on one GPU, against the step alone and timm's
 millstream bench load         loading rate against threads that only decode
 millstream bench shard        sharding rate against processes that only decode, resize and encode
 millstream bench checkpoint   seconds that training stands still for a checkpoint, and how fast it is stored

@@ -1,5 +1,7 @@
 """What one rank of a run does, from wherever the run stands to its end: the parts put together. No Ray here."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import warnings
@@ -23,6 +25,7 @@ from pipeline.training.world import Contact, World
 
 EVALUATION_BATCH = 256  # fixed: the shape of a computation must not depend on who asks
 _NAMED = 5  # keys in a message
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def train_rank(run: Run, world: World, resources: Resources, threads: int, contact: Contact) -> dict:
@@ -177,7 +180,12 @@ def draw_classes(
 
 
 def use_threads(threads: int, workers_here: int = 1) -> int:
-    """Sets and returns the number of threads this process computes with."""
+    """Sets and returns the number of threads this process computes with, and has it keep the memory that it frees."""
     threads = threads or max(1, (os.cpu_count() or 1) // max(1, workers_here))
     torch.set_num_threads(threads)
+    with contextlib.suppress(OSError, AttributeError):  # glibc's alone
+        libc = ctypes.CDLL(None)
+        # Given back and taken anew, a step's activations and gradients would be zeroed pages each time: 5 % of a step.
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
     return threads
