@@ -43,7 +43,8 @@ def fashion_cnn() -> TrainConfig:
 
 
 def fashion_fast() -> TrainConfig:
-    """Fashion-MNIST: a ResNet-9 of 0.93 million parameters, 94 % test accuracy after 12 epochs."""
+    """Fashion-MNIST, a ResNet-9 of 0.93 million parameters, 12 epochs: 94.25 % test accuracy (one seed) in 22 minutes on
+    one shared core. millstream train fashion_fast --data fashion --out runs/fast"""
     return TrainConfig(
         ClassifyConfig(model="resnet9", width=24, label_smoothing=0.1, ema_half_life=20_000, flip_test=True),
         OptimConfig("sgd", lr=0.4, nesterov=True, weight_decay=5e-4, schedule="triangular", warmup_epochs=2.4),
@@ -54,7 +55,7 @@ def fashion_fast() -> TrainConfig:
 
 
 def fashion_best() -> TrainConfig:
-    """Fashion-MNIST: the same network for 40 epochs, with random erasing."""
+    """Fashion-MNIST, the network of fashion_fast for 40 epochs, with random erasing."""
     fast = fashion_fast()
     return replace(
         fast,
@@ -89,7 +90,8 @@ def _ffcv(model: str, epochs: int, lr: float, weight_decay: float, ramp: tuple[i
 
 
 def imagenet_resnet18_16ep() -> TrainConfig:
-    """ImageNet, ResNet-18, 16 epochs after ffcv-imagenet, which reports 66.9 %; not run here."""
+    """ImageNet, ResNet-18, 16 epochs after ffcv-imagenet, which reports 66.9 %; not run here. Shards: millstream shard
+    imagenet:PATH imagenet --size 256"""
     return _ffcv("resnet18", 16, 0.5, 5e-5, (11, 13))
 
 
@@ -116,7 +118,8 @@ def imagenet_resnet50_600ep() -> TrainConfig:
 
 
 def finetune_resnet50() -> TrainConfig:
-    """Photos of your own, from a ResNet-50 that knows others (--init); --freeze body: only its last layer learns."""
+    """Photos of your own, from a ResNet-50 that knows others; --freeze body: only its last layer learns.
+    millstream train finetune_resnet50 --init resnet50.pth --data data --out runs/fine"""
     return TrainConfig(
         ClassifyConfig(model="resnet50", label_smoothing=0.1, ema_half_life=5000, flip_test=True),
         OptimConfig("sgd", lr=0.02, nesterov=True, weight_decay=1e-4, warmup_epochs=0.5),
