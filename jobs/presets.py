@@ -43,8 +43,8 @@ def fashion_cnn() -> TrainConfig:
 
 
 def fashion_fast() -> TrainConfig:
-    """Fashion-MNIST, a ResNet-9 of 0.93 million parameters, 12 epochs: 94.25 % test accuracy (one seed) in 22 minutes on
-    one shared core. millstream train fashion_fast --data fashion --out runs/fast"""
+    """Fashion-MNIST, a ResNet-9 of 0.93 million parameters, 12 epochs: 94.25 % test accuracy (one seed) in 22 minutes
+    on one shared core. millstream train fashion_fast --data fashion --out runs/fast"""
     return TrainConfig(
         ClassifyConfig(model="resnet9", width=24, label_smoothing=0.1, ema_half_life=20_000, flip_test=True),
         OptimConfig("sgd", lr=0.4, nesterov=True, weight_decay=5e-4, schedule="triangular", warmup_epochs=2.4),

@@ -68,10 +68,10 @@ def run(args: Args, preset: str) -> dict:
 
 def main(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
-        console.print("usage: millstream train PRESET --data DATASET --out RUN [any field of the preset]\n")
+        say("usage: millstream train PRESET --data DATASET --out RUN [any field of the preset]\n")
         table = Table("preset", "what to expect", box=None)
         for name, preset in presets.PRESETS.items():
-            table.add_row(name, preset.__doc__)
+            table.add_row(name, " ".join(preset.__doc__.split()))
         console.print(table)
         say("\nmillstream train PRESET --help lists the fields with the preset's values.")
         say("Of your own: train ./mine.py:my_run (a function in a file), and --model ./mine.py:Net with any preset.")
