@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 
+import pytest
+
 from jobs.__main__ import main
 from jobs.bench.checkpoint import resnet50, tensors
 from jobs.bench.slow_road import slow_road
@@ -18,6 +20,7 @@ def test_the_state_has_the_size_of_resnet_50_with_momentum_and_an_average():
     assert sum(t.nbytes for t in tensors(resnet50(1.0))) == 3 * 4 * 25_557_032
 
 
+@pytest.mark.slow
 def test_it_measures_what_it_says_and_leaves_nothing(ray_local, s3, capsys):
     store = s3.fresh()
     storage.write(storage.join(store, "theirs"), b"stays")
