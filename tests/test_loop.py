@@ -291,6 +291,17 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out_and_the_scale_halved
     assert saves[-1][0]["task"]["scaler"]["scale"] == 2.0**16
 
 
+def test_a_scaled_loss_is_clipped_by_what_its_gradients_are_unscaled():
+    def norm(compute):
+        task, config = classifier(compute=compute), LoopConfig(batch=16, micro_batches=2)
+        clipped = replace(SGD, clip=1e-3)
+        return take_phase(config, clipped, 0, task.phases[0], next(steps_of(config)), World(), (), task.scaler)
+
+    plain, scaled = norm(ComputeConfig()), norm(ComputeConfig("fp16"))
+    assert scaled["loss_scale"] == 2.0**16
+    assert scaled["model_gradient_norm"] == pytest.approx(plain["model_gradient_norm"], rel=0.05)
+
+
 # ---- early stopping
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import models
 from pipeline.models import CLASSIFIERS, GANS, classifier
 from pipeline.models.cnn import CNN
 from pipeline.models.resnet import RESNETS, Blur
@@ -175,19 +176,20 @@ class Says(nn.Module):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ({"a": 1}, "mine.py:Net gave a dict, not an nn.Module"),
-        (Says(lambda images: (images, None)), r"mine.py:Net answers images \(2, 1, 8, 8\) with a tuple, not \(2, 3\)"),
+        ({"a": 1}, "timm:odd gave a dict, not an nn.Module"),
+        (Says(lambda images: (images, None)), r"timm:odd answers images \(2, 1, 8, 8\) with a tuple, not \(2, 3\)"),
         (Says(lambda images: images.new_zeros(2, 1000)), r"with \(2, 1000\), not \(2, 3\)"),
         (Says(lambda images: images.new_zeros(3)), r"with \(3,\), not \(2, 3\)"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(7, 3)),
-            r"mine.py:Net cannot take images \(2, 1, 8, 8\): RuntimeError: mat",
+            r"timm:odd cannot take images \(2, 1, 8, 8\): RuntimeError: mat",
         ),
     ],
 )
-def test_what_a_builder_gives_must_classify(model, said):
+def test_what_timm_gives_must_classify(model, said, monkeypatch):
+    monkeypatch.setattr(models, "_from_timm", lambda name, **_: model)
     with pytest.raises(ValueError, match=said):
-        classifier("mine.py:Net", 1, 8, 3, builder=lambda **_: model)
+        classifier("timm:odd", 1, 8, 3)
 
 
 class StandIn(types.ModuleType):

@@ -428,6 +428,11 @@ def test_a_run_that_has_no_patience_left_is_finished_and_says_so(digits, tmp_pat
     assert max(accuracies[-2:]) <= max(accuracies[:-2])
     assert all(max(accuracies[: at - 2]) < max(accuracies[at - 2 : at]) for at in range(3, len(accuracies)))
     again = fit.train(start(run.path, "test", config, digits, 0), HERE, lambda row: None)
+    broken, stop = start(str(tmp_path / "broken"), "test", config, digits, 0), threading.Event()
+    last = result["samples_seen"] - 128  # it stops a step later, one validation of the two having gone by
+    fit.train(broken, HERE, lambda row: row["samples"] == last and stop.set(), stop=stop)
+    assert checkpoint.newest(broken.path)[0].samples == last + 64
+    assert fit.train(broken, HERE, lambda row: None)["samples_seen"] == result["samples_seen"]
     assert (again["done"], again["samples_seen"]) == (True, result["samples_seen"])
 
 

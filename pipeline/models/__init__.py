@@ -31,9 +31,9 @@ def classifier(
 ) -> nn.Module:
     """The classifier `name` of CLASSIFIERS or timm:NAME, or what `builder` makes: (n, channels, s, s) -> (n, classes).
 
-    options: some of OPTIONS. `builder` is called with channels=, image_size= and classes= alone, and what it gives is
-    tried on two black images, as is timm's. Raises ValueError for a name that is not there, an option that the model
-    has not, images it cannot take, and what is no classifier of `classes` classes.
+    options: some of OPTIONS. `builder` is called with channels=, image_size= and classes= alone, and answers for what
+    it gives; what timm gives is tried on two black images. Raises ValueError for a name that is not there, an option
+    that the model has not, images it cannot take, and what is no classifier of `classes` classes.
     """
     assert options.keys() <= OPTIONS.keys()
     given = {key: value for key, value in options.items() if value != OPTIONS[key]}
@@ -49,7 +49,7 @@ def classifier(
             raise _lacks(name, key, value)
     if name in CLASSIFIERS and not builder:
         return CLASSIFIERS[name](**sizes, **given)
-    return _tried(name, builder(**sizes) if builder else _from_timm(name, **sizes, **given), **sizes)
+    return builder(**sizes) if builder else _tried(name, _from_timm(name, **sizes, **given), **sizes)
 
 
 def _options(builder: Callable) -> set[str]:

@@ -32,6 +32,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
     """Trains one rank from wherever the run stands to its end, or until it is asked to stop. Returns the last row
     logged (of any start).
     """
+    _keep_freed_memory()
     config, dataset = run.config, run.dataset()
     chosen, cache = run.chosen(dataset), open_cache(run.data, resources.cache, resources.cache_gb)
     split, task = chosen.split, run.task(world.device, training=True)
@@ -180,12 +181,15 @@ def draw_classes(
 
 
 def use_threads(threads: int, workers_here: int = 1) -> int:
-    """Sets and returns the number of threads this process computes with, and has it keep the memory that it frees."""
+    """Sets and returns the number of threads this process computes with."""
     threads = threads or max(1, (os.cpu_count() or 1) // max(1, workers_here))
     torch.set_num_threads(threads)
+    return threads
+
+
+def _keep_freed_memory() -> None:
+    """Given back and taken anew, a step's activations and gradients would be zeroed pages each time: 5 % of a step."""
     with contextlib.suppress(OSError, AttributeError):  # glibc's alone
         libc = ctypes.CDLL(None)
-        # Given back and taken anew, a step's activations and gradients would be zeroed pages each time: 5 % of a step.
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
-    return threads
