@@ -29,6 +29,12 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def plain_environment(**more: str) -> dict[str, str]:
+    """Ours without what the tests' own Ray has put there."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k != "MILLSTREAM_SCRATCH"}
+    return kept | {"RAY_USAGE_STATS_ENABLED": "0"} | more
+
+
 class RayHead:
     """`ray start --head`; token: None for RAY_AUTH_MODE=disabled. A context manager. `kill` ends what `ray` started,
     and leaves what the jobs started; `start` begins anew with an empty memory, on the same port."""
@@ -44,8 +50,8 @@ class RayHead:
         return f"http://127.0.0.1:{self.dashboard}"
 
     def start(self) -> "RayHead":
-        env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | self.env
-        env |= {"RAY_AUTH_MODE": "token" if self.token else "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        env = plain_environment(**self.env)
+        env |= {"RAY_AUTH_MODE": "token" if self.token else "disabled"}
         env |= {"RAY_AUTH_TOKEN": self.token} if self.token else {}
         env |= {
             "HOME": self.folder,

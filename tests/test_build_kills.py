@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+from ray_head import plain_environment
 from s3_server import wait_for
 
 from cluster.reap import of_session
@@ -49,8 +50,7 @@ def content(root):
 
 def killed(out, workers, victim, after):
     """Starts the command, SIGKILLs the victim `after` seconds of its work; whether it came to its end nevertheless."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment = plain_environment(PYTHONPATH=os.pathsep.join(sys.path))
     command = [sys.executable, "-c", BUILDING, out, str(workers)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment

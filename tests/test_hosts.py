@@ -50,7 +50,7 @@ class Cluster:
         return said
 
     def train(self, name: str) -> subprocess.Popen:
-        words = ["--workers", "2", "--epochs", "10", "--checkpoint-every", "1600", "--data", "s3://lake/digits"]
+        words = ["--workers", "2", "--epochs", "20", "--checkpoint-every", "1600", "--data", "s3://lake/digits"]
         return self.submit("train", "digits_cnn", "--out", f"s3://lake/{name}", *words, options=("--name", name))
 
     def accuracy(self, name: str) -> float:

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import runs
+from ray_head import plain_environment
 from s3_server import wait_for
 from test_fit import HERE, rank_processes
 
@@ -46,18 +47,18 @@ else:
 
 
 def killed(path, data, kind, epochs, workers, after):
-    """Starts the command, SIGKILLs it `after` seconds of training; whether it had finished by itself."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    """Starts the command, SIGKILLs it once it has told of `after` steps and then at any moment of the next ones."""
+    environment = plain_environment(PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
     command = [sys.executable, "-c", TRAINING, path, data, kind, str(epochs), str(workers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         session = process.stdout.readline().strip()
-        assert process.stdout.readline() in ("row\n", "")
-        time.sleep(after)
+        for _ in range(after):
+            assert process.stdout.readline() == "row\n"
+        time.sleep(random.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     # Workers write until the reaper has them; what they leave is the next start's to clear.
     wait_for(lambda: not session or not os.path.exists(session), 30, f"end of the session {session}")
-    return process.returncode == 0
 
 
 def unbroken(root, kind, data, epochs):
@@ -84,8 +85,7 @@ def test_ten_kills_of_a_single_process(digits, tmp_path, kind):
     print("seed", seed)
     moments, path = random.Random(seed), str(tmp_path / "run")
     for _ in range(10):
-        if killed(path, digits, kind, 24, 0, moments.uniform(0, 0.4)):
-            break
+        killed(path, digits, kind, 24, 0, moments.randrange(1, 30))
     fit.train(start(path, "test", runs.KINDS[kind](epochs=24, **OFTEN), digits, 0), HERE, lambda row: None)
     check(path, unbroken(tmp_path, kind, digits, 24), 11)
 
@@ -131,6 +131,6 @@ def test_kills_of_the_command_at_changing_numbers_of_workers(digits, tmp_path):
     print("seed", seed)
     moments, path = random.Random(seed), str(tmp_path / "run")
     for workers in (2, 1):
-        assert not killed(path, digits, "gan", 12, workers, moments.uniform(0, 1))
-    fit.train(start(path, "test", runs.gan(epochs=12, **OFTEN), digits, 0), HERE, lambda row: None)
-    check(path, unbroken(tmp_path, "gan", digits, 12), 3)
+        killed(path, digits, "gan", 24, workers, moments.randrange(1, 3))
+    fit.train(start(path, "test", runs.gan(epochs=24, **OFTEN), digits, 0), HERE, lambda row: None)
+    check(path, unbroken(tmp_path, "gan", digits, 24), 3)

@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 import runs
+from ray_head import plain_environment
 from test_fit import HERE
 
 from jobs import audit
@@ -17,8 +18,9 @@ from pipeline.training.run import start
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 # A cluster of a head without places and of nodes with one each; a run on it; and what happens to its nodes, one after
-# the other, once the run has taken some steps at its size: kill (SIGKILL), drain (with a minute's notice), add, notice
-# (two minutes' by the metadata server of the node's VM, which a watcher of its own asks).
+# the other, once the run has taken a step at its size: kill (SIGKILL), drain (with a minute's notice), add, notice (two
+# minutes' by the metadata server of the node's VM, which a watcher of its own asks). However fast the machine, the run
+# does not get past its `steps`-th step after a start until it is asked to stop, or nothing more will happen to it.
 SCENE = """
 import json, os, subprocess, sys, threading, time
 import ray
@@ -26,11 +28,13 @@ from ray.cluster_utils import Cluster
 from ray._private.state import state
 import runs
 from metadata_server import MetadataServer
-from pipeline.training import fit
+from pipeline.training import checkpoint, fit
 from pipeline.training.resources import Resources
 from pipeline.training.run import start
+from test_fit import held
 
-path, data, config, workers, steps, *events = sys.argv[1:]
+path, data, config, workers, steps, calm, *events = sys.argv[1:]
+fit._train_body = held(int(steps), lambda contact, calm=calm: contact.asked() or os.path.exists(calm))
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
 nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
 ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
@@ -46,18 +50,17 @@ def train():
 thread = threading.Thread(target=train)
 thread.start()
 
-def wait(size, more):
-    # until the run has taken `more` steps at that size, from now on; gives the row of the first of them
-    known = len(rows)
+def wait(size, known):
+    # for a row of that size after those known
     while True:
+        for row in rows[known:]:
+            if row["workers"] == size:
+                return row
         assert thread.is_alive(), (told, rows[-1:])
-        new = [row for row in rows[known:] if row["workers"] == size]
-        if new and rows[-1]["step"] >= new[0]["step"] + more:
-            return new[0]
         time.sleep(0.05)
 
 size = 2 if workers == "1..2" else 1
-wait(size, int(steps))
+wait(size, 0)
 for event in events:
     at, last, known = time.time(), rows[-1]["step"], len(told)
     if event == "add":
@@ -67,6 +70,8 @@ for event in events:
         busy = next(node for node in nodes if not free.get(node.node_id, {}).get("CPU"))
         nodes.remove(busy)
         if event == "kill":
+            while not checkpoint.lineage(path):
+                time.sleep(0.05)
             cluster.remove_node(busy, allow_graceful=False)
         elif event == "notice":
             server = MetadataServer("ec2").__enter__()
@@ -92,8 +97,9 @@ for event in events:
         assert thread.is_alive(), told
         time.sleep(0.05)
     saved = next((row["at"] - at for row in told[known:] if "saved" in row), None)
-    first = wait(size, int(steps))
+    first = wait(size, len(rows))
     log.append({"event": event, "step": last, "saved": saved, "seconds": first["at"] - at})
+open(calm, "x").close()
 thread.join(300)
 print(json.dumps({"result": result, "told": told, "log": log}), flush=True)
 ray.shutdown()
@@ -103,18 +109,13 @@ cluster.shutdown()
 
 def scene(path, data, config, workers, steps, events):
     """What the scene prints, as it prints it; its cluster is gone when this returns."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    environment |= {
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    words = [path, data, json.dumps(config), workers, str(steps), *events]
+    path_of_code = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    more = {"PYTHONPATH": path_of_code, "RAY_AUTH_MODE": "disabled", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+    words = [path, data, json.dumps(config), workers, str(steps), f"{path}-calm", *events]
     with tempfile.TemporaryDirectory(prefix="ms-n-", dir="/tmp", ignore_cleanup_errors=True) as short:  # for sockets
         done = subprocess.run(
             [sys.executable, "-c", SCENE, *words], capture_output=True, text=True, timeout=450,
-            env=environment | {"RAY_TMPDIR": short},
+            env=plain_environment(RAY_TMPDIR=short, **more),
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -122,7 +123,7 @@ def scene(path, data, config, workers, steps, events):
 
 def test_a_run_whose_nodes_die_come_and_give_notice_ends_as_one_undisturbed(digits, tmp_path):
     config, path, whole = {"epochs": 60, "checkpoint_every": 640}, str(tmp_path / "run"), str(tmp_path / "whole")
-    found = scene(path, digits, config, "1..2", 60, ["kill", "add", "drain"])
+    found = scene(path, digits, config, "1..2", 150, ["kill", "add", "drain"])
     print(found["log"])
     told = [next(kind for kind in ("restart", "saved", "resize", "note") if kind in row) for row in found["told"]]
     assert [kind for kind in told if kind != "note"] == ["restart", "resize", "saved", "resize", "saved", "resize"]
@@ -140,7 +141,7 @@ def test_four_preemptions_with_notice_waste_nothing(digits, tmp_path):
     are told to Ray, two come from the VM's metadata server, by the watcher."""
     config = {"epochs": 1600 * 64 / runs.SAMPLES, "checkpoint_every": 400 * 64, "validate_every": 1 << 40}
     path = str(tmp_path / "run")
-    found = scene(path, digits, config, "1", 100, ["notice", "drain"] * 2)
+    found = scene(path, digits, config, "1", 300, ["notice", "drain"] * 2)
     print(found["log"])
     assert found["result"]["samples_seen"] == 1600 * 64
     assert [row["step"] for row in runs.numbers(path)] == list(range(1, 1601))

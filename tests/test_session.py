@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ray_head import plain_environment
 from s3_server import wait_for
 
 from cluster.reap import of_session
@@ -29,12 +30,6 @@ with ray_session(2):
     sys.stdin.readline()
 print("RAY_AUTH_TOKEN" in os.environ, flush=True)
 """
-
-
-def plain_environment(**more):
-    """Ours without what the tests' own Ray has put there."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return kept | {"RAY_USAGE_STATS_ENABLED": "0"} | more
 
 
 @contextlib.contextmanager
