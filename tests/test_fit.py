@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -63,14 +64,23 @@ def test_workers_end_with_the_weights_and_answers_of_one_process(ray_local, digi
             train_rank(run, world, Resources(), threads, contact)
         task, _ = restored(evaluated, world.device)
         split = index.load(evaluated.data).split("train")
-        return evaluate_rank(evaluated, task, split, world, threads), world.size
+        return evaluate_rank(evaluated, task, split, world, threads), world.size, new_pages()
+
+    def new_pages():
+        """Of 80 MiB that were freed a moment ago, those that the system had to give once more."""
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            torch.ones(20 << 20)
+            found = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+        return found
 
     trained = [start(str(tmp_path / kind), "test", config, digits, workers) for kind, config in ALL.items()]
     evaluated = start(str(whole / "cnn"), "test", runs.cnn(), digits, workers)
     seen = []
     resources = Resources(workers=workers, threads=1)
-    answers, size = fit.launch(everything, (trained, evaluated), evaluated, resources, seen.append)
+    answers, size, pages = fit.launch(everything, (trained, evaluated), evaluated, resources, seen.append)
     assert size == workers
+    assert pages * os.sysconf("SC_PAGESIZE") < 8 << 20
     for kind in ALL:
         assert runs.ends_alike(str(tmp_path / kind), str(whole / kind))
         assert runs.numbers(str(tmp_path / kind)) == runs.numbers(str(whole / kind))
