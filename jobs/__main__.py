@@ -11,6 +11,7 @@ VERBS = {
     "audit": "prove that every world size draws the same samples, each once an epoch; check what a run drew",
     "train": "train a preset on a dataset; the same command again resumes",
     "checkpoints": "list a run's checkpoints, and pin those that must stay",
+    "average": "choose, after training, how long an average of the weights is best",
     "evaluate": "score a run's best checkpoint on a split",
     "sample": "draw images from a trained GAN",
     "nightly": "one night: new data, a challenger, promoted if it is better",

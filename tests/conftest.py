@@ -121,3 +121,21 @@ def photos(tmp_path_factory):
     out = str(root / "shards")
     build(f"folder:{root / 'in'}", out, Recipe(samples_per_shard=30), workers=0)
     return out
+
+
+@pytest.fixture
+def cli(capsys):
+    """cli(*words) -> (exit code, stdout, stderr), in this process."""
+
+    from jobs.__main__ import main
+
+    def call(*words) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as exit_:  # how the parser ends
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, " ".join(err.split())
+
+    return call

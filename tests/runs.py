@@ -29,7 +29,7 @@ def gan(**loop) -> TrainConfig:
 KINDS = {"cnn": cnn, "gan": gan}
 
 
-def _with(task=None, optim=None, augment=None, compute=None, **loop) -> TrainConfig:
+def with_options(task=None, optim=None, augment=None, compute=None, **loop) -> TrainConfig:
     task, optim = ClassifyConfig(**(task or {})), OptimConfig(**({"warmup_epochs": 0.2} | (optim or {})))
     augment, compute = Augment(16, **({"crop": "pad"} | (augment or {}))), ComputeConfig(**(compute or {}))
     return TrainConfig(task, optim, cnn(**loop).loop, augment, compute=compute)
@@ -37,19 +37,19 @@ def _with(task=None, optim=None, augment=None, compute=None, **loop) -> TrainCon
 
 # What a run may ask for besides, a few at a time: each resumes, and is shared by ranks, as exactly as the plain ones.
 OPTIONS = {
-    "bf16": _with(
+    "bf16": with_options(
         {"model": "resnet9", "width": 4, "mixup": 0.2, "cutmix": 1.0, "loss": "bce", "ema_half_life": 300},
         {"optimizer": "sgd", "lr": 0.2, "nesterov": True, "schedule": "triangular", "clip": 1.0, "weight_decay": 1e-3},
         {"flip": True, "policy": "rand", "erase": 0.5},
         {"precision": "bf16", "channels_last": True},
     ),
-    "fp16": _with(
-        {"model": "resnet9", "width": 2, "flip_test": True},
+    "fp16": with_options(
+        {"model": "resnet9", "width": 2, "flip_test": True, "ema_snapshots": 3},
         {"optimizer": "lamb"},
         {"start_size": 8, "ramp_to": 1, "eval_size": 20, "eval_share": 0.8},
         {"precision": "fp16"},
     ),
-    "frozen": _with(
+    "frozen": with_options(
         {"freeze": "features.0,features.3", "label_smoothing": 0.1},
         {"optimizer": "muon", "lr": 0.02, "l1": 1e-5, "l2": 1e-5},
         validate_every=320,

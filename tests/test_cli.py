@@ -18,22 +18,6 @@ from pipeline.training import checkpoint
 SHORT = ["--epochs", "0.2", "--workers", "0"]
 
 
-@pytest.fixture
-def cli(capsys):
-    """cli(*words) -> (exit code, stdout, stderr), in this process."""
-
-    def call(*words) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as exit_:  # how the parser ends
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, " ".join(err.split())
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def classifier(digits, tmp_path_factory):
     run = str(tmp_path_factory.mktemp("runs") / "cnn")

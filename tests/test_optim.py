@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.training import optim
+from pipeline.training import averaging, optim
 from pipeline.training.optim import OptimConfig
 
 
@@ -151,7 +151,7 @@ def test_an_old_weights_share_of_the_average_halves_in_a_half_life(per_step):
         for p in module.parameters():
             p.add_(1)
     for _ in range(1000 // per_step):
-        optim.average_into(average, module, per_step, 1000)
+        averaging.average_into(average, module, averaging.halving(1000)(per_step, 0))
     for p, old in zip(average.parameters(), start, strict=True):
         assert torch.allclose(p, old + 0.5, atol=1e-4)
 
@@ -163,11 +163,11 @@ def test_an_average_takes_over_running_statistics_and_without_half_life_everythi
         for p in module.parameters():
             p.mul_(3)
     before = copy.deepcopy(average.state_dict())
-    optim.average_into(average, module, 10, 1000)
+    averaging.average_into(average, module, averaging.halving(1000)(10, 10))
     for (name, now), new in zip(average.named_buffers(), module.buffers(), strict=True):
         assert torch.equal(now, new)
         assert not torch.equal(now, before[name])
-    optim.average_into(average, module, 10, 0)
+    averaging.average_into(average, module, averaging.halving(0)(10, 20))
     assert all(torch.equal(p, q) for p, q in zip(average.parameters(), module.parameters(), strict=True))
 
 

@@ -144,7 +144,7 @@ def test_a_state_loaded_goes_on_as_the_task_it_came_from(config):
                 phase.optimizer.zero_grad()
                 gradients(phase, batch(seed=number))
                 phase.optimizer.step()
-            task.after_step(6)
+            task.after_step(6, 6)
 
     one, two = (make_task(config, FACTS, OptimConfig(), seed, "cpu") for seed in (0, 1))
     advance(one, 3)
@@ -223,7 +223,7 @@ def test_a_gan_without_half_life_draws_from_the_generator_itself():
     task = make_task(dataclasses.replace(GAN, ema_half_life=0), FACTS, OptimConfig(lr=0.1), 0, "cpu")
     gradients(task.phases[1], batch())
     task.phases[1].optimizer.step()
-    task.after_step(6)
+    task.after_step(6, 6)
     pairs = zip(task.modules["average"].parameters(), task.modules["generator"].parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in pairs)
 

@@ -38,7 +38,7 @@ def main(path: str, batch: int, steps: int, skip: int, threads: int) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        task.after_step(batch)
+        task.after_step(batch, (step + 1) * batch)
     print(steps * batch / (time.perf_counter() - begin), flush=True)
 
 

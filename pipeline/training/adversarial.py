@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from pipeline import draw
 from pipeline.loading.steps import Batch
 from pipeline.models import GANS
+from pipeline.training.averaging import averages
 from pipeline.training.compute import ComputeConfig
 from pipeline.training.optim import OptimConfig, make_optimizer
 from pipeline.training.task import Facts, Phase, Task, to_device
@@ -30,11 +31,14 @@ class GanConfig:
     """Zero-centred gradient penalty on real images (Mescheder et al. 2018), gamma / 2 * |grad|^2; 0: none."""
     ema_half_life: float = 5000.0
     """Half-life in samples of the generator's average, which is what `sample` draws from; 0: no average."""
+    ema_snapshots: int = 0
+    """Checkpoints, spread over the run, that stay, so that `millstream average` can choose the average's length
+    afterwards; 0: none, 8 to 16 will do."""
 
     def __post_init__(self):
         if self.latent < 1 or self.width < 4 or self.width % 4:
             raise ValueError(f"latent {self.latent} must be at least 1, width {self.width} a multiple of 4")
-        for name in ("r1", "ema_half_life"):
+        for name in ("r1", "ema_half_life", "ema_snapshots"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} {getattr(self, name)} cannot be negative")
 
@@ -49,7 +53,8 @@ def gan(config: GanConfig, facts: Facts, optim: OptimConfig, device, compute: Co
         raise ValueError(f"model {config.model!r}: use one of {', '.join(GANS)}")
     g, d = GANS[config.model](latent=config.latent, width=config.width, **options)
     g, d = compute.laid_out(g.to(device)), compute.laid_out(d.to(device))
-    average = copy.deepcopy(g)
+    kept = averages("generator", config.ema_half_life, config.ema_snapshots)
+    copies = {name: copy.deepcopy(g) for name, _, _ in kept}
     compute.compiled(g)
     compute.compiled(d)
     half = Facts(facts.channels, facts.image_size, facts.classes, (0.5,) * facts.channels, (0.5,) * facts.channels)
@@ -89,9 +94,7 @@ def gan(config: GanConfig, facts: Facts, optim: OptimConfig, device, compute: Co
         Phase("discriminator", d, make_optimizer(d, optim), d_loss),
         Phase("generator", g, make_optimizer(g, optim), g_loss),
     ]
-    task = Task({"generator": g, "discriminator": d, "average": average}, phases)
-    task.averages.append(("average", "generator", config.ema_half_life))
-    return task
+    return Task({"generator": g, "discriminator": d} | copies, phases, kept, snapshots=config.ema_snapshots)
 
 
 def draw_images(task: Task, labels: np.ndarray, seed: int) -> np.ndarray:

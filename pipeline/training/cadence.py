@@ -68,6 +68,11 @@ def total_steps(config: LoopConfig, epoch: int) -> int:
     return max(1, -(-round(config.epochs * epoch) // config.batch))
 
 
+def between_snapshots(samples: int, snapshots: int) -> int:
+    """Samples from one snapshot to the next, of so many in a run of `samples`; 0: there are none."""
+    return -(-samples // snapshots) if snapshots else 0
+
+
 def passes(every: int, before: int, after: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]; never if `every` is 0."""
     return every > 0 and after // every > before // every

@@ -19,6 +19,7 @@ import json
 import re
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -229,8 +230,16 @@ def check_newest(run: str, attempt: int) -> None:
         raise Superseded(f"{run} was started again elsewhere (attempt {attempt + 1}): this one stops")
 
 
-def prune(run: str, attempt: int, keep: int, new: Manifest, resumed_from: Manifest | None) -> None:
-    """Deletes what the newest attempt no longer needs, now that `new` stands, and is seen to stand."""
+def prune(
+    run: str,
+    attempt: int,
+    keep: int,
+    new: Manifest,
+    resumed_from: Manifest | None,
+    stays: Callable[[int], bool] = lambda samples: False,
+) -> None:
+    """Deletes what the newest attempt no longer needs, now that `new` stands, and is seen to stand. stays(samples):
+    whether a checkpoint there is kept."""
     for name, entry in new.files.items():
         sizes = [f.size for f in storage.list_files(storage.join(run, "checkpoints", new.name)) if f.path == name]
         if sizes != [entry["size"]]:
@@ -240,6 +249,7 @@ def prune(run: str, attempt: int, keep: int, new: Manifest, resumed_from: Manife
     stored = [at for at in _stored(run) if at[1] <= attempt]
     chain = lineage(run)
     kept = {m.name for m in [*chain[:keep], best(run, chain), resumed_from] if m}
+    kept |= {m.name for m in chain if stays(m.samples)}
     check_newest(run, attempt)
     going = {name_of(*at) for at in stored} - kept
     for name in sorted(going - pinned(run) if going else ()):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from pipeline.loading.mixup import mixed
 from pipeline.loading.steps import Batch
 from pipeline.models import classifier
+from pipeline.training.averaging import averages
 from pipeline.training.compute import ComputeConfig
 from pipeline.training.optim import OptimConfig, make_optimizer
 from pipeline.training.task import Facts, Phase, Task, into_training, to_device
@@ -47,6 +48,9 @@ class ClassifyConfig:
     """Alpha of CutMix: a box of another image is pasted in; with mixup, each batch gets one of the two."""
     ema_half_life: float = 0.0
     """Half-life in samples of an average of the weights, used for validation and evaluation; 0: none."""
+    ema_snapshots: int = 0
+    """Checkpoints, spread over the run, that stay, so that `millstream average` can choose the average's length
+    afterwards; 0: none, 8 to 16 will do."""
     flip_test: bool = False
     """Validation and evaluation answer with the mean over each image and its mirror image."""
     freeze: str = ""
@@ -59,7 +63,7 @@ class ClassifyConfig:
             raise ValueError(f"drop_path {self.drop_path} must be in [0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing {self.label_smoothing} must be in [0, 1)")
-        for name in ("mixup", "cutmix", "ema_half_life"):
+        for name in ("mixup", "cutmix", "ema_half_life", "ema_snapshots"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)} cannot be negative, or without end")
 
@@ -151,15 +155,11 @@ def classify(
         right = targets.gather(1, guess[:, None])[:, 0] if mixing else guess == labels  # of what is mixed, its share
         return each, {"loss": each.detach().sum(), "accuracy": (right * weights).sum()}
 
-    modules = {"model": model}
-    if config.ema_half_life:
-        modules["average"] = copy.deepcopy(model)
+    kept = averages("model", config.ema_half_life or None, config.ema_snapshots)
+    modules = {"model": model} | {name: copy.deepcopy(model) for name, _, _ in kept}
     compute.compiled(model)
-    task = Task(modules, [Phase("model", model, make_optimizer(model, optim), loss)], scaler=compute.scaler(device))
-    task.flip_test, task.builder = config.flip_test, builder
-    if config.ema_half_life:
-        task.averages.append(("average", "model", config.ema_half_life))
-    return task
+    phases = [Phase("model", model, make_optimizer(model, optim), loss)]
+    return Task(modules, phases, kept, config.ema_snapshots, compute.scaler(device), config.flip_test, builder)
 
 
 def _yes_or_no(logits: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -133,8 +133,7 @@ def launch(
     """
     stop, launched = stop or threading.Event(), Launch()
     if resources.most == 0:
-        cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
-        world = World(device=torch.device("cuda" if cuda else "cpu"))
+        world = World(device=device_here(resources))
         return body(*args, world, use_threads(resources.threads), Contact(report, stop.is_set, launched))
     latest: dict = {}
 
@@ -169,6 +168,12 @@ def launch(
             return ended.result
         why = ended.why
         report({"saved": ended.result["samples"], "why": why})
+
+
+def device_here(resources: Resources) -> torch.device:
+    """What this process computes on."""
+    cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
 
 
 def _reached(run: Run | None) -> int:

@@ -18,7 +18,7 @@ from pipeline.loading import audit
 from pipeline.loading.order import Batching
 from pipeline.loading.steps import Step
 from pipeline.training import optim
-from pipeline.training.cadence import LoopConfig, Saving, passes, total_steps
+from pipeline.training.cadence import LoopConfig, Saving, between_snapshots, passes, total_steps
 from pipeline.training.compute import check_compiled
 from pipeline.training.optim import OptimConfig
 from pipeline.training.saver import Saver
@@ -66,6 +66,7 @@ def train(
     """
     clock, saving = world.clock, Saving(config)
     total, validate_every = total_steps(config, epoch), config.validate_every or epoch
+    snapshot_every = between_snapshots(total * config.batch, task.snapshots)
     rows, row, best = [], {}, best or (-1.0, 0)
     clock.lap("start")
     for step in steps:
@@ -88,14 +89,15 @@ def train(
                 if skipped >= config.skip_nonfinite:
                     raise found.at(row) from None
                 row["skipped"] = 1
-        task.after_step(config.batch)
+        task.after_step(config.batch, seen)
         *drawn, stop, due = together.tolist()
         row |= _drawn_fields(drawn)
         row["time"] = time.time()
         skipped += "skipped" in row
         ending = step.number + 1 == total
         validating = ending or passes(validate_every, before, seen)
-        saves = validating or stop or due or passes(saving.samples, before, seen)
+        snapshot = passes(snapshot_every, before, seen)
+        saves = validating or stop or due or snapshot or passes(saving.samples, before, seen)
         if saves:
             _check_weights(task, row)  # on every rank, so that none goes on alone
         clock.lap("compute")

@@ -141,13 +141,3 @@ def penalize(module: nn.Module, l1: float, l2: float) -> None:
                 p.grad.add_(p.sign(), alpha=l1)
             if l2:
                 p.grad.add_(p, alpha=2 * l2)
-
-
-def average_into(average: nn.Module, module: nn.Module, samples: int, half_life: float) -> None:
-    """Moves `average` towards `module` by one step of `samples`: a weight's share halves every `half_life` samples
-    (0: at once)."""
-    keep = 0.5 ** (samples / half_life) if half_life else 0.0
-    with torch.no_grad():
-        torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - keep)
-        if old := list(average.buffers()):
-            torch._foreach_copy_(old, list(module.buffers()))

@@ -48,7 +48,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
         return {"samples": position, **(found.validation if found else {})}
 
     def validate() -> dict:
-        held_out = chosen.held_out or (dataset.split("val") if "val" in dataset.info["splits"] else None)
+        held_out = run.validation(dataset, chosen)
         if held_out is None or not isinstance(config.task, ClassifyConfig):
             return {}
         answers = evaluate_rank(run, task, held_out, world, threads, cache)
@@ -62,7 +62,7 @@ def train_rank(run: Run, world: World, resources: Resources, threads: int, conta
     if world.rank == 0:
         about = run.about()
         trackers = Trackers(run.path, about["config"], found.segments if found else [])
-        saver = Saver(run.path, attempt, found, config.loop.keep, trackers, about)
+        saver = Saver(run.path, attempt, found, config.loop.keep, trackers, about, stays=run.snapshot())
         ledger = Ledger(run.path, attempt, world.size, position, world.clock, world.device, contact.launch)
         contact = _noting(contact, ledger, world)
     ended = "failed"

@@ -10,7 +10,7 @@ RUN/tensorboard/    see `tracking`
 import dataclasses
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
@@ -22,7 +22,7 @@ from pipeline.loading.order import Batching
 from pipeline.loading.selection import Chosen, Selection, choose
 from pipeline.shards import index, pinned
 from pipeline.training import own, weights
-from pipeline.training.cadence import LoopConfig, total_steps
+from pipeline.training.cadence import LoopConfig, between_snapshots, passes, total_steps
 from pipeline.training.compute import ComputeConfig
 from pipeline.training.optim import OptimConfig
 from pipeline.training.resources import sizes, span
@@ -74,6 +74,16 @@ class Run:
     def steps(self) -> int:
         """Steps from its first to its last."""
         return total_steps(self.config.loop, len(self.chosen(self.dataset()).split))
+
+    def validation(self, dataset: index.Dataset, chosen: Chosen) -> index.Split | None:
+        """What it is validated on: the fold held out, or the val split; None if there is neither."""
+        return chosen.held_out or (dataset.split("val") if "val" in dataset.info["splits"] else None)
+
+    def snapshot(self) -> Callable[[int], bool]:
+        """Whether the checkpoint at so many samples is one of those that `posthoc` makes averages of."""
+        batch, snapshots = self.config.loop.batch, self.config.task.ema_snapshots
+        every = between_snapshots(self.steps() * batch, snapshots) if snapshots else 0
+        return lambda samples: passes(every, samples - batch, samples)
 
     def about(self) -> dict:
         """What each checkpoint says of where it comes from."""

@@ -59,8 +59,8 @@ class HostMemory:
 
 class Saver:
     """The writer of `attempt`, which goes on from `resumed_from`. `keep` newest checkpoints stay, besides the best, the
-    pinned and the one resumed from. `on_commit(name, rows)` is given each metric segment once its checkpoint stands,
-    and what it raises is a warning. `about`: what each manifest says of where it comes from.
+    pinned, the one resumed from, and those of `stays(samples)`. `on_commit(name, rows)` is given each metric segment
+    once its checkpoint stands, and what it raises is a warning. `about`: what each manifest says it comes from.
     """
 
     def __init__(
@@ -72,9 +72,11 @@ class Saver:
         on_commit: Callable[[str, list[dict]], None] | None = None,
         about: dict | None = None,
         patience: float = PATIENCE_S,
+        stays: Callable[[int], bool] = lambda samples: False,
     ):
         self.run, self.attempt, self.resumed_from, self.keep = run, attempt, resumed_from, keep
         self.on_commit, self.about, self.patience = on_commit, about or {}, patience
+        self.stays = stays
         self.committed = 0
         self._segments = list(resumed_from.segments) if resumed_from else []
         self._metrics = checkpoint.read_segments(run, self._segments)
@@ -123,7 +125,7 @@ class Saver:
         self.committed += 1
         try:
             storage.write(storage.join(self.run, "metrics.jsonl"), self._metrics)
-            checkpoint.prune(self.run, self.attempt, self.keep, manifest, self.resumed_from)
+            checkpoint.prune(self.run, self.attempt, self.keep, manifest, self.resumed_from, self.stays)
         except OSError as error:  # the next one writes and deletes what this one could not
             warnings.warn(f"checkpoint {name} stands, but clearing up after it failed: {error}", stacklevel=2)
         if self.on_commit:

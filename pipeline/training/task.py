@@ -14,7 +14,7 @@ from torch import nn
 
 from pipeline.loading.augment import to_float
 from pipeline.loading.steps import Batch
-from pipeline.training.optim import average_into
+from pipeline.training.averaging import Average, average_into
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,22 @@ class Phase:
 
 @dataclass
 class Task:
-    """Modules by name, phases in the order they run, and (name of the average, of its source, half-life) triples.
+    """Modules by name, phases in the order they run, and averages. snapshots: checkpoints over the whole run that stay;
     scaler: of fp16's losses; flip_test: `predict` asks about the mirror image, too; builder: what made the classifier,
     if it is none of our table."""
 
     modules: dict[str, nn.Module]
     phases: list[Phase]
-    averages: list[tuple[str, str, float]] = field(default_factory=list)
+    averages: list[Average] = field(default_factory=list)
+    snapshots: int = 0
     scaler: torch.amp.GradScaler | None = None
     flip_test: bool = False
     builder: Callable | None = None
 
-    def after_step(self, samples: int) -> None:
-        for average, source, half_life in self.averages:
-            average_into(self.modules[average], self.modules[source], samples, half_life)
+    def after_step(self, samples: int, seen: int) -> None:
+        """Of `samples`, the last of `seen`."""
+        for average, source, keep in self.averages:
+            average_into(self.modules[average], self.modules[source], keep(samples, seen))
 
     def state(self) -> dict:
         """Everything a resumed run needs besides its position; tensors are the live ones, not copies."""
