@@ -9,7 +9,8 @@
 
 Every start of a run is an attempt, claimed by a create-only write that names the checkpoint it goes on from. Readers
 follow that chain alone, so what an orphaned writer stores after its successor's claim is never read, and a writer that
-finds a newer claim stops. Only the newest attempt deletes: never what it resumed from, the best, nor what is pinned.
+finds a newer claim stops. Only the newest attempt deletes: never what it resumed from, the best, a snapshot of
+`posthoc`, nor what is pinned.
 """
 
 import errno
