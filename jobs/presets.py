@@ -55,15 +55,16 @@ def fashion_fast() -> TrainConfig:
 
 
 def fashion_best() -> TrainConfig:
-    """Fashion-MNIST, the network of fashion_fast for 40 epochs, with random erasing: 95.05 % test accuracy (one seed)
-    in 69 minutes on one shared core. millstream train fashion_best --data fashion --out runs/best"""
+    """Fashion-MNIST, the network of fashion_fast for 80 epochs, at 20 px first, with random erasing: 95.4 % test
+    accuracy (one seed, shards with --val-fraction 0.02) in 85 minutes on one shared core. millstream train fashion_best
+    --data fashion --out runs/best"""
     fast = fashion_fast()
     return replace(
         fast,
         task=replace(fast.task, ema_half_life=54_000),
-        optim=replace(fast.optim, warmup_epochs=8),
-        loop=replace(fast.loop, epochs=40),
-        augment=replace(fast.augment, erase=0.25),
+        optim=replace(fast.optim, warmup_epochs=12),
+        loop=replace(fast.loop, epochs=80),
+        augment=replace(fast.augment, erase=0.5, start_size=20, ramp_from=30, ramp_to=56),
     )
 
 

@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import uuid
 
 import numpy as np
@@ -11,6 +12,8 @@ from cluster.session import ray_session
 from pipeline.shards.build import build
 from pipeline.shards.plan import Recipe
 
+# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _MARK = f"MILLSTREAM_TESTS={uuid.uuid4().hex}"
 
 
