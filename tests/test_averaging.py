@@ -175,16 +175,19 @@ def test_of_a_gan_the_average_that_is_asked_for_is_what_it_draws_from(digits, tm
         assert torch.allclose(value.double(), modules["average_5"][name].double(), atol=1e-4)
 
 
-@pytest.mark.parametrize("mistake", ["none", "unfinished", "wide"])
-def test_what_cannot_be_averaged_is_said_before_anything_is_read(ended, digits, tmp_path, cli, mistake):
+@pytest.mark.parametrize("mistake", ["none", "unfinished", "wide", "no gpu"])
+def test_what_cannot_be_averaged_is_said_before_anything_is_read(ended, digits, tmp_path, cli, monkeypatch, mistake):
     run, words = ended, []
     if mistake == "none":
         run = str(tmp_path)
         fit.train(start(run, "test", config(0, epochs=0.1), digits, 0), HERE, lambda row: None)
     elif mistake == "unfinished":
         run = start(str(tmp_path), "test", config(), digits, 0).path
-    else:
+    elif mistake == "wide":
         words = ["--spreads", "0.05", "0.5"]
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        words = ["--device", "cuda"]
     code, _, err = cli("average", run, *words)
-    said = {"none": "--ema-snapshots 12", "unfinished": "has not ended", "wide": "spread 0.5: more than 0"}[mistake]
-    assert (code, said in err) == (2, True), err
+    said = {"none": "--ema-snapshots 12", "unfinished": "has not ended", "wide": "spread 0.5: more than 0"}
+    assert (code, said.get(mistake, "torch finds no GPU") in err) == (2, True), err

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pipeline.training import gloo, room
 from pipeline.training.checkpoint import Superseded
 from pipeline.training.ledger import Launch
-from pipeline.training.rank import use_threads
+from pipeline.training.rank import ONE_ARENA, use_threads
 from pipeline.training.resources import Resources
 from pipeline.training.world import Contact, World
 
@@ -34,10 +34,6 @@ _POLL_S = 0.5
 _BEAT_S = 1.0
 _SILENT_S = 60.0  # without a beat: its node, or the way there, is gone
 _LONELY_S = 30.0  # before people are told that there is no room
-# A rank is a thread of its worker. But for this, glibc gives what is over 64 MiB back to the system whenever such a
-# thread frees it, whatever `rank._keep_freed_memory` says: 8 % of a step of ResNet-18. Images of a GPU's rank are
-# decoded by many threads, which may have arenas of their own.
-_ONE_ARENA = {"MALLOC_ARENA_MAX": "1"}
 
 
 class Preempted(RuntimeError):
@@ -84,7 +80,7 @@ def run(
                 name=f"attempt-{uuid.uuid4().hex}",
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-                worker_runtime_env={} if cuda else {"env_vars": _ONE_ARENA},
+                worker_runtime_env={} if cuda else {"env_vars": ONE_ARENA},
             ),
         )
         outcome: dict = {}

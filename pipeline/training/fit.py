@@ -171,8 +171,10 @@ def launch(
 
 
 def device_here(resources: Resources) -> torch.device:
-    """What this process computes on."""
-    cuda = resources.device == "cuda" or (resources.device == "auto" and torch.cuda.is_available())
+    """What this process computes on. ValueError if a GPU is asked for that torch does not find."""
+    if resources.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU on this machine; use --device cpu, or auto")
+    cuda = resources.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")
 
 
